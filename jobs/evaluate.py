@@ -1,0 +1,48 @@
+"""Score a model on validation shards: `python jobs/evaluate.py FOLDER --val 'DATA/val-*.tar'`."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from muser_dist.cli import main
+from muser_dist.data.shards import expand, index_shards
+from muser_dist.evaluate.evaluator import describe, evaluate
+from muser_dist.muser import Muser
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scores a model: retrieval between text and each audio modality, zero-shot classification."""
+
+    folder: tyro.conf.Positional[Path]
+    """A run's folder, or an exported model's."""
+    val: tuple[str, ...]
+    """Shards to score on: paths or URLs, with braces and globs."""
+    fields: tuple[str, ...] | None = None
+    """Metadata fields to classify; the recipe's own by default."""
+    rows: int = 10_000
+    """Most rows to score, from the first on."""
+    device: str = "cpu"
+    """Where the towers compute: cpu, cuda, cuda:1, ..."""
+    json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """File to write the scores to."""
+
+
+def job(arguments: list[str]) -> None:
+    options = tyro.cli(Evaluate, args=arguments, prog="jobs/evaluate.py")
+    muser = Muser.from_pretrained(options.folder, options.device)
+    config = muser.config
+    fields = options.fields if options.fields is not None else config.evaluate.fields
+    config = replace(config, evaluate=replace(config.evaluate, fields=fields, rows=options.rows))
+    evaluation = evaluate(muser, config, index_shards(expand(options.val, "val"), "val"))
+    print(describe(evaluation))
+    if options.json:
+        options.json.write_text(json.dumps({"data": list(options.val)} | evaluation, indent=2))
+        print(f"written to {options.json}")
+
+
+if __name__ == "__main__":
+    main(job)

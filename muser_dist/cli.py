@@ -1,0 +1,58 @@
+"""The command line of jobs: a recipe's config with overrides, and errors in one line."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import tyro
+
+from muser_dist.config import RunConfig
+from muser_dist.errors import ConfigError, MuserError
+from muser_dist.recipes import RECIPES, load_recipe
+
+
+def main(job: Callable[[list[str]], None]) -> None:
+    """Runs a job's function on the arguments of the command line.
+
+    A MuserError is printed without a traceback, and the exit status is 2. Ctrl-C exits with 130.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        job(sys.argv[1:])
+    except MuserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def parse_run(arguments: list[str], program: str) -> RunConfig:
+    """RECIPE and --overrides to a named config.
+
+    Raises:
+        ConfigError: no recipe was given, or there is none of that name.
+        SystemExit: after --help, or with status 2 for a wrong field; the nearest name is shown.
+    """
+    recipes = ", ".join(RECIPES)
+    if not arguments or arguments[0].startswith("-"):
+        usage = (
+            f"usage: python {program} RECIPE [--field value ...]\n"
+            f"recipes: {recipes}, or your own function as package.module:function\n"
+            f"python {program} {next(iter(RECIPES))} --help explains every field"
+        )
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(usage)
+            sys.exit(0)
+        near = get_close_matches(arguments[0].strip("-"), RECIPES, n=1) if arguments else []
+        raise ConfigError(f"the first argument must be a recipe{f' ({near[0]}?)' if near else ''}\n{usage}")
+    recipe, *overrides = arguments
+    config = tyro.cli(
+        RunConfig,
+        default=load_recipe(recipe),
+        args=overrides,
+        prog=f"{program} {recipe}",
+        description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped.",
+    )
+    return config.named(recipe)

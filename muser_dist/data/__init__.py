@@ -1,0 +1,1 @@
+"""From tar shards to numbered chunks of waveforms and token ids."""

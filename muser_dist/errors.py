@@ -1,0 +1,24 @@
+"""Exceptions meant for the person who runs a job: what is wrong, where, and the mend."""
+
+
+class MuserError(Exception):
+    """Base of all errors whose message is written for users.
+
+    Entry points print the message alone, without a traceback, and exit with status 2.
+    """
+
+
+class ConfigError(MuserError):
+    """A setting is wrong, or two settings contradict each other."""
+
+
+class DataError(MuserError):
+    """Shards, clips or metadata cannot be used as given."""
+
+
+class ClusterError(MuserError):
+    """The cluster cannot place what the run asks for."""
+
+
+class CheckpointError(MuserError):
+    """A checkpoint, an exported model or a run's folder cannot be used as given."""

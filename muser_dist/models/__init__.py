@@ -1,0 +1,1 @@
+"""Towers, heads and the model that joins them."""

@@ -1,0 +1,66 @@
+"""What stands between a tower and the joint space: pooling, projection, temperature."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muser_dist.config import TemperatureConfig
+
+
+def masked_mean(sequence: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over the first `lengths` positions: (rows, positions, width), (rows,) to (rows, width)."""
+    inside = (torch.arange(sequence.shape[1], device=sequence.device) < lengths[:, None]).to(sequence.dtype)
+    return torch.einsum("rpw,rp->rw", sequence, inside) / inside.sum(dim=1, keepdim=True)
+
+
+class ProjectionHead(nn.Sequential):
+    """(rows, width) to (rows, dim): one linear layer, or two with a GELU between when `hidden` > 0."""
+
+    def __init__(self, width: int, dim: int, hidden: int) -> None:
+        if hidden:
+            super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        else:
+            super().__init__(nn.Linear(width, dim, bias=False))
+
+
+class _ClampInward(torch.autograd.Function):
+    """Clamps; beyond a bound only the gradient that leads back inside passes.
+
+    With the usual clamp a parameter that has crossed the bound gets no gradient and stays there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (low, high), (grad,) = ctx.saved_tensors, ctx.bounds, grads
+        leads_out = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
+        return grad.masked_fill(leads_out, 0.0), None, None
+
+
+class Temperature(nn.Module):
+    """The factors that similarities are multiplied by: inverse temperatures, one for each pair.
+
+    Parameters are logarithms, of shape [1] because DeepSpeed cannot take scalars, and start at
+    -log(init). The factor is at most 1/minimum and at least 0.01.
+    """
+
+    def __init__(self, config: TemperatureConfig, pairs: int) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.log_scale_max = -math.log(config.minimum)
+        self.log_scale = nn.ParameterList(
+            nn.Parameter(torch.tensor([-math.log(config.init)]), requires_grad=config.learnable)
+            for _ in range(1 if config.shared else pairs)
+        )
+
+    def forward(self) -> Tensor:
+        """(pairs,) float32."""
+        log_scale = torch.cat(list(self.log_scale)).expand(self.pairs)
+        return _ClampInward.apply(log_scale, math.log(0.01), self.log_scale_max).exp()

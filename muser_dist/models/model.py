@@ -1,0 +1,96 @@
+"""MultimodalModel: one tower and one head for each modality, and the temperatures."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from muser_dist.config import DataConfig, RunConfig, TowerConfig
+from muser_dist.errors import ConfigError
+from muser_dist.models.heads import ProjectionHead, Temperature
+from muser_dist.models.spectrogram import SpectrogramTower
+from muser_dist.models.text import TextTower
+from muser_dist.models.waveform import WaveformTower
+from muser_dist.plugins import resolve
+
+# A tower is an nn.Module that is built from the data config and its options, has `width`, and
+# maps a batch to (rows, width). It must treat rows apart from each other and draw its random
+# numbers from torch's global generator, which is seeded before each call.
+TOWERS: dict[str, Callable[..., nn.Module]] = {
+    "waveform": WaveformTower,
+    "spectrogram": SpectrogramTower,
+    "text": TextTower,
+}
+
+
+def build_tower(modality: str, config: TowerConfig, data: DataConfig) -> nn.Module:
+    """The tower that a config names.
+
+    Raises:
+        ConfigError: it cannot be found or built with these options.
+    """
+    build = resolve(config.build, TOWERS, f"model.{modality}.build")
+    try:
+        tower = build(data, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"model.{modality}.options: {config.build} cannot be built: {error}") from None
+    if not isinstance(getattr(tower, "width", None), int):
+        raise ConfigError(f"model.{modality}.build: {config.build} has no integer attribute `width`")
+    return tower
+
+
+class MultimodalModel(nn.Module):
+    """Maps batches to the joint space.
+
+    Initial weights depend on config.seed alone, so that every rank starts from the same.
+
+    Raises:
+        ConfigError: a tower cannot be built.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.seed = config.seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.towers = nn.ModuleDict(
+                {name: build_tower(name, tower, config.data) for name, tower in config.model.towers().items()}
+            )
+            self.heads = nn.ModuleDict(
+                {
+                    name: ProjectionHead(tower.width, config.model.projection_dim, config.model.projection_hidden)  # type: ignore[arg-type]
+                    for name, tower in self.towers.items()
+                }
+            )
+        self.temperature = Temperature(config.objective.temperature, len(config.objective.pairs))
+
+    def forward(self, batch: dict[str, Tensor], moment: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Encodes every modality of a chunk.
+
+        Args:
+            batch: the chunk's arrays as tensors (muser_dist/data/pipeline.py).
+            moment: (step, chunk), which with the seed and the tower decides the random state of
+                dropout: the same on every number of workers, and again in a second pass.
+
+        Returns:
+            (rows, projection_dim) float32 for each modality, not normalised; and "scale",
+            (pairs,): the inverse temperatures. They come from here because at ZeRO-3 a parameter
+            can be read only inside its module's forward.
+        """
+        out = {}
+        for name in self.towers:
+            if moment is not None:
+                torch.manual_seed(_mix(self.seed, *moment, name))
+            out[name] = self.encode(name, batch)
+        out["scale"] = self.temperature()
+        return out
+
+    def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
+        """One modality of a batch: (rows, projection_dim) float32, not normalised."""
+        return self.heads[modality](self.towers[modality](batch)).float()
+
+
+def _mix(*parts: int | str) -> int:
+    """A 63-bit seed out of several numbers and names."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

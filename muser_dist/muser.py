@@ -1,0 +1,167 @@
+"""Muser: a trained model in use. Needs neither Ray nor DeepSpeed."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from muser_dist.config import Modality, RunConfig, from_dict, to_dict
+from muser_dist.data.audio import decode, to_int16
+from muser_dist.data.text import load_tokenizer
+from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.models.model import MultimodalModel
+
+FORMAT = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+Clip = str | Path | bytes | np.ndarray
+"""A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
+
+
+def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
+    """Writes an exported model: model.safetensors and config.json, swapped in one after the other.
+
+    Where the training data lay is left out of the config: addresses may say more than they should.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "config": to_dict(replace(config, data=replace(config.data, train=(), val=())))}
+    temporary = folder / f"{_WEIGHTS}.part"
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+    temporary.replace(folder / _WEIGHTS)
+    (folder / _CONFIG).write_text(json.dumps(content, indent=2))
+
+
+class Muser:
+    """Embeds audio and text into the joint space.
+
+    Embeddings are (n, dim) float32 of unit length: cosine similarity is the dot product.
+
+    >>> muser = Muser.from_pretrained("runs/tiny-1a2b3c4d/model")         # doctest: +SKIP
+    >>> scores = muser.encode_text(["a slow waltz"]) @ muser.encode_audio(["song.mp3"]).T   # doctest: +SKIP
+    """
+
+    def __init__(self, model: MultimodalModel, config: RunConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        data = config.data
+        self._tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Muser":
+        """Loads an exported model.
+
+        Args:
+            folder: holds model.safetensors and config.json; a run's folder will do too.
+            device: where it computes.
+
+        Raises:
+            CheckpointError: files are missing, broken, of another format or do not fit together.
+        """
+        folder = Path(folder)
+        if not (folder / _WEIGHTS).is_file() and (folder / "model" / _WEIGHTS).is_file():
+            folder = folder / "model"
+        for name in (_WEIGHTS, _CONFIG):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: no {name}; give the folder `model` that a finished run left behind")
+        try:
+            content = json.loads((folder / _CONFIG).read_text())
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise CheckpointError(f"{folder / _CONFIG}: not an exported model of format {FORMAT}")
+            config = from_dict(content.get("config"), str(folder / _CONFIG))
+            model = MultimodalModel(config)
+            model.load_state_dict(load_file(folder / _WEIGHTS))
+        except (json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        return cls(model, config, device)
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the joint space."""
+        return self.config.model.projection_dim
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model can encode."""
+        return tuple(self.config.model.towers())
+
+    def encode_audio(self, clips: Sequence[Clip], sample_rate: int | None = None) -> np.ndarray:
+        """Embeds clips with the waveform tower.
+
+        Args:
+            clips: paths, bytes of encoded files, or waveforms. Of longer clips the middle
+                `config.data.crop_seconds` are heard.
+            sample_rate: Hz of clips given as waveforms; the model's own rate by default.
+
+        Returns:
+            (len(clips), dim) float32 of unit length.
+
+        Raises:
+            DataError: a clip cannot be decoded, is empty, silent or not finite; the message says which.
+        """
+        return self._encode_clips("audio", clips, sample_rate)
+
+    def encode_spectrogram(self, clips: Sequence[Clip], sample_rate: int | None = None) -> np.ndarray:
+        """Embeds clips with the spectrogram tower; as `encode_audio`."""
+        return self._encode_clips("spectrogram", clips, sample_rate)
+
+    def encode_text(self, sentences: Sequence[str]) -> np.ndarray:
+        """Embeds sentences: (len(sentences), dim) float32 of unit length."""
+        if isinstance(sentences, str):
+            raise TypeError("encode_text takes a list of sentences; wrap the one you have in [ ]")
+
+        def tensors(part: Sequence[str]) -> dict[str, np.ndarray]:
+            ids, lengths = self._tokenizer(list(part))
+            return {"text_ids": ids, "text_length": lengths}
+
+        return self._encode("text", sentences, tensors)
+
+    def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
+        """Embeds chunks of muser_dist/data/pipeline.py: (rows of all chunks, dim) float32 of unit length."""
+        names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
+        parts = [self._forward(modality, {name: chunk[name] for name in names}) for chunk in chunks]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def _encode_clips(self, modality: Modality, clips: Sequence[Clip], sample_rate: int | None) -> np.ndarray:
+        if isinstance(clips, (str, Path, bytes, np.ndarray)):
+            raise TypeError(f"encode_{modality} takes a list of clips; wrap the one you have in [ ]")
+
+        def tensors(part: Sequence[Clip]) -> dict[str, np.ndarray]:
+            waveforms, lengths = zip(*(self._hear(clip, sample_rate) for clip in part), strict=True)
+            return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
+
+        return self._encode(modality, clips, tensors)
+
+    def _hear(self, clip: Clip, sample_rate: int | None) -> tuple[np.ndarray, int]:
+        rate, samples = self.config.data.sample_rate, self.config.data.crop_samples
+        try:
+            if isinstance(clip, np.ndarray):
+                own_rate = sample_rate or rate
+                wanted = round(self.config.data.crop_seconds * own_rate)
+                start = max(0, len(clip) - wanted) // 2
+                return to_int16(clip[start : start + wanted].astype(np.float32), own_rate, rate, samples)
+            return decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), rate, samples, position=0.5)
+        except FileNotFoundError:
+            raise DataError(f"{clip}: there is no such file") from None
+        except DataError as error:
+            name = clip if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
+            raise DataError(f"{name}: {error}") from None
+
+    def _encode(self, modality: Modality, items: Sequence[Any], tensors: Callable[[Any], dict[str, np.ndarray]]) -> np.ndarray:
+        size = self.config.train.chunk
+        parts = [self._forward(modality, tensors(items[i : i + size])) for i in range(0, len(items), size)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def _forward(self, modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        if modality not in self.modalities:
+            raise ConfigError(f"this model has no {modality} tower; it has {', '.join(self.modalities)}")
+        batch = {name: torch.tensor(values, device=self.device) for name, values in arrays.items()}
+        with torch.inference_mode():
+            return torch.nn.functional.normalize(self.model.encode(modality, batch), dim=1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Losses over the global batch, each with a small reference that it is tested against."""

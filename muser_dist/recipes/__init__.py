@@ -1,0 +1,21 @@
+"""Recipes: functions that return a complete RunConfig, one file for each published system."""
+
+from collections.abc import Callable
+
+from muser_dist.config import RunConfig
+from muser_dist.plugins import resolve
+from muser_dist.recipes.tiny import tiny
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny}
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The config that a recipe returns.
+
+    Args:
+        name: a built-in recipe ("tiny"), or your own function as "package.module:function".
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    return resolve(name, RECIPES, "recipe")()

@@ -1,0 +1,1 @@
+"""One training loop for all recipes: launch, loop, step, engine."""

@@ -1,0 +1,147 @@
+"""Engines: the model, its optimizer and how gradients meet. The only file that imports deepspeed.
+
+Every rank gives its share of the loss; shares sum over ranks to the loss of the global batch.
+DeepSpeed averages gradients over ranks, so the engine multiplies by their number, here and
+nowhere else.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from muser_dist.config import RunConfig
+from muser_dist.models.model import MultimodalModel
+from muser_dist.objectives.collectives import world
+from muser_dist.train.optimizer import parameter_groups
+
+
+class Engine(Protocol):
+    """What the training step asks of an engine."""
+
+    device: torch.device
+
+    def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
+        """MultimodalModel.forward."""
+        ...
+
+    def backward(self, share: Tensor) -> None:
+        """Adds the gradients of this rank's share of the loss; call once a step."""
+        ...
+
+    def step(self, lr_factor: float) -> None:
+        """Clips, updates the parameters with that share of the peak learning rates, clears gradients."""
+        ...
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient over all parameters, before clipping."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's weights on the CPU; a collective, and empty on ranks other than 0."""
+        ...
+
+
+class PlainEngine:
+    """One process and plain torch: for debugging, benchmarks without Ray or DeepSpeed, and as the oracle."""
+
+    def __init__(self, model: MultimodalModel, config: RunConfig, device: torch.device) -> None:
+        self.device = device
+        self.model = model.to(device).train()
+        self._clip_norm = config.train.clip_norm or float("inf")
+        self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.train.betas)
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._grad_norm = 0.0
+
+    def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
+        return self.model(batch, moment)
+
+    def backward(self, share: Tensor) -> None:
+        share.backward()
+
+    def step(self, lr_factor: float) -> None:
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * lr_factor
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def grad_norm(self) -> float:
+        return self._grad_norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO over the process group that is already there (nccl on GPUs, gloo on CPUs)."""
+
+    def __init__(self, model: MultimodalModel, config: RunConfig, device: torch.device) -> None:
+        import deepspeed
+
+        train = config.train
+        self.device = device
+        self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": train.chunk * train.chunks_per_worker,
+                "gradient_accumulation_steps": 1,
+                # Said even when it is off: DeepSpeed clips to norm 1 by default.
+                "gradient_clipping": train.clip_norm,
+                "zero_allow_untested_optimizer": True,  # torch's AdamW: the same update on every device
+                "zero_optimization": {
+                    "stage": train.zero_stage,
+                    "reduce_bucket_size": 50_000_000,
+                    "allgather_bucket_size": 50_000_000,
+                },
+            },
+        )
+
+    def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
+        return self.deepspeed(batch, moment)
+
+    def backward(self, share: Tensor) -> None:
+        self.deepspeed.backward(share * world()[1])
+
+    def step(self, lr_factor: float) -> None:
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * lr_factor
+        self.deepspeed.step()
+
+    def grad_norm(self) -> float:
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        model, rank = self.deepspeed.module, world()[0]
+        if self.deepspeed.zero_optimization_stage() < 3:
+            return {name: value.detach().cpu() for name, value in model.state_dict().items()} if rank == 0 else {}
+        weights = {}
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            with deepspeed.zero.GatheredParameters(own):  # one module at a time bounds the memory
+                if rank == 0:
+                    prefix = f"{name}." if name else ""
+                    keep = {k for k, _ in module.named_parameters(recurse=False)}
+                    keep |= {k for k, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+                    weights.update({prefix + k: getattr(module, k).detach().cpu().clone() for k in keep})
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part of model and optimizer; every rank calls it, each with a folder of its own."""
+        self.deepspeed.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, all ranks' parts merged into one folder, at the same number of ranks.
+
+        DeepSpeed unpickles its files: give only checkpoints out of the run's own storage.
+        """
+        loaded: Any = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")[0]
+        if loaded is None:
+            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")

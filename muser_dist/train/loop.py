@@ -1,0 +1,144 @@
+"""One worker's whole program, from top to bottom."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+
+from muser_dist.config import RunConfig, TrainConfig, from_dict
+from muser_dist.data.pipeline import Chunk
+from muser_dist.errors import DataError, MuserError
+from muser_dist.models.model import MultimodalModel
+from muser_dist.muser import save_model
+from muser_dist.objectives.contrastive import global_metrics, load_objective
+from muser_dist.train import checkpoint
+from muser_dist.train.engine import DeepSpeedEngine
+from muser_dist.train.metrics import Accounting, RunLog, Stopwatch
+from muser_dist.train.optimizer import lr_factor
+from muser_dist.train.step import to_device, train_step
+
+MODEL = "model"
+"""Folder in the run's folder that holds the exported model."""
+
+
+STOPPED = "stopped.txt"
+"""File in the run's folder that says why training ended before its last step."""
+
+
+class StopTraining(MuserError):
+    """Going on makes no sense, and neither does trying again. Raised on all ranks at once."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Trains; what Ray Train runs on each worker.
+
+    Args:
+        settings: {"config": the RunConfig as plain values}.
+    """
+    config = from_dict(settings["config"], "the run's config")
+    try:
+        train(config)
+    except StopTraining as error:
+        # Not raised further: Ray would restart the workers and come to the same end again.
+        if dist.get_rank() == 0:
+            (config.folder / STOPPED).write_text(str(error))
+
+
+def train(config: RunConfig) -> None:
+    """Trains until the run's last step, from its last checkpoint where there is one, and exports.
+
+    Raises:
+        StopTraining: the loss is not finite, or no row can be used.
+    """
+    # --- Set-up ---
+    train, modalities = config.train, tuple(config.model.towers())
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = ray.train.torch.get_device()
+    engine = DeepSpeedEngine(MultimodalModel(config), config, device)
+    objective = load_objective(config.objective)
+    accounting = Accounting(config.objective.pairs)
+
+    # --- Position ---
+    position = checkpoint.load(engine)
+    first_step = position.step if position else 0
+    if position:
+        accounting.totals = position.totals
+    log = RunLog(config.folder, first_step) if rank == 0 else None
+
+    # --- Data ---
+    shard = ray.train.get_dataset_shard("train")
+    blocks = iter(shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    chunks = _own_chunks(blocks, train, first_step, rank, ranks)
+
+    # --- Training ---
+    stopwatch, logged_step = Stopwatch(), first_step
+    for step in range(first_step, train.steps):
+        with stopwatch.waiting():
+            mine = [next(chunks) for _ in range(train.chunks_per_worker)]
+        on_device = [to_device(chunk, modalities, device) for chunk in mine]
+        factor = lr_factor((step + 1) * train.global_batch, train)
+        loss, scale = train_step(engine, objective, config.objective, on_device, factor)
+        for chunk in mine:
+            accounting.add(chunk, modalities)
+
+        done = step + 1
+        samples = done * train.global_batch
+        last = done == train.steps
+        save = last or samples // train.checkpoint_samples > (samples - train.global_batch) // train.checkpoint_samples
+        if save or done % train.log_steps == 0:
+            values = global_metrics(loss)
+            problems = accounting.flush()
+            if not all(map(math.isfinite, values.values())):
+                raise StopTraining(
+                    f"the loss is not finite at step {done} ({values}); the last checkpoint is from before. Lower "
+                    "--train.lr or raise --objective.temperature.minimum, under another --name"
+                )
+            if accounting.totals["rows_used"] == 0:
+                raise StopTraining(
+                    f"none of the first {accounting.totals['rows_read']} rows of data.train can be used; "
+                    f"{problems[0]['shard'] if problems else ''}: {problems[0]['reason'] if problems else ''}"
+                )
+            metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
+            for pair, inverse in zip(config.objective.pairs, scale.tolist(), strict=True):
+                metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / inverse
+            metrics |= {"lr": train.lr * factor, "grad_norm": engine.grad_norm(), **accounting.totals}
+            metrics |= stopwatch.lap((done - logged_step) * train.global_batch)
+            logged_step = done
+            if log:
+                log.write(metrics, problems)
+        if save:
+            checkpoint.save(engine, done, accounting)
+
+    # --- Export ---
+    weights = engine.state_dict()
+    if log:
+        save_model(config.folder / MODEL, weights, config)
+        log.close()
+    dist.barrier()
+
+
+def _own_chunks(
+    blocks: Iterator[dict[str, Any]], train: TrainConfig, first_step: int, rank: int, ranks: int
+) -> Iterator[Chunk]:
+    """This rank's chunks in order from `first_step` on, each block's one row unpacked.
+
+    Raises:
+        DataError: Ray dealt a chunk to a rank that does not own it, or the data ended early.
+    """
+    for step in range(first_step, train.steps):
+        for number in range(rank, ranks * train.chunks_per_worker, ranks):
+            for block in blocks:
+                chunk = {name: column[0] for name, column in block.items()}
+                if chunk["step"] >= first_step:
+                    break  # earlier ones: the dataset was made from an older checkpoint than was loaded
+            else:
+                raise DataError(f"the data ended before chunk {number} of step {step} on rank {rank}")
+            if (chunk["step"], chunk["chunk"]) != (step, number):
+                raise DataError(
+                    f"rank {rank} was dealt chunk {chunk['chunk']} of step {chunk['step']} in place of chunk {number} "
+                    f"of step {step}: Ray Data did not keep the order of blocks; is another version of Ray installed?"
+                )
+            yield chunk

@@ -1,0 +1,167 @@
+"""What a run writes down while it trains: metrics.jsonl, quarantine.jsonl, and the live line.
+
+Rank 0 writes; the driver follows the file and prints. Both files can be cut back to a step, so
+that a run which goes on from a checkpoint leaves no line twice.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from muser_dist.config import Modality, PairConfig, RunConfig
+from muser_dist.data.pipeline import Chunk
+from muser_dist.objectives.collectives import sum_over_ranks, world
+
+METRICS = "metrics.jsonl"
+QUARANTINE = "quarantine.jsonl"
+
+TIMES = ("seconds", "samples_per_second", "wait_share")
+"""Fields of metrics.jsonl that differ between two runs of the same seed."""
+
+
+@dataclass
+class Accounting:
+    """Rows since the last flush on this rank, and over the whole run: read = used + quarantined.
+
+    A row is used when it takes part in at least one pair of the objective. `problems` says for
+    every other row why not, and also names the missing part of rows that are used in part.
+    """
+
+    pairs: tuple[PairConfig, ...]
+    totals: dict[str, int] = field(default_factory=lambda: {"rows_read": 0, "rows_used": 0, "rows_quarantined": 0})
+    _read: int = 0
+    _used: int = 0
+    _problems: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, modalities: tuple[Modality, ...]) -> None:
+        """Counts a chunk that this rank has trained on."""
+        valid = {name: chunk[f"valid_{name}"] for name in modalities}
+        used = sum(valid[pair.first] & valid[pair.second] for pair in self.pairs) > 0
+        self._read += int((chunk["row"] >= 0).sum())
+        self._used += int(used.sum())
+        self._problems.extend({"step": int(chunk["step"]), **json.loads(entry)} for entry in chunk["problems"])
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Adds up all ranks; a collective. Returns the new quarantine entries in the order of rows."""
+        read, used = sum_over_ranks(torch.tensor([self._read, self._used])).tolist()
+        self.totals["rows_read"] += read
+        self.totals["rows_used"] += used
+        self.totals["rows_quarantined"] += read - used
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]
+        if world()[1] > 1:
+            dist.all_gather_object(parts, self._problems)
+        else:
+            parts = [self._problems]
+        self._read, self._used, self._problems = 0, 0, []
+        return sorted((entry for part in parts for entry in part), key=lambda e: (e["step"], e["row"], e["member"]))
+
+
+class Stopwatch:
+    """Times of the steps since the last lap: what was spent waiting for data, and overall."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the block as time spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def lap(self, samples: int) -> dict[str, float]:
+        """Seconds, samples per second and the share of waiting since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._start
+        times = {
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(samples / seconds, 2),
+            "wait_share": round(self._waited / seconds, 4),
+        }
+        self._start, self._waited = now, 0.0
+        return times
+
+
+class RunLog:
+    """Appends to the files of a run's folder; only rank 0 makes one."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Opens the files of a run that goes on after `step` optimizer steps: later lines are dropped."""
+        self._metrics = _reopen(folder / METRICS, lambda entry: entry["step"] <= step)
+        self._quarantine = _reopen(folder / QUARANTINE, lambda entry: entry["step"] < step)
+
+    def write(self, metrics: dict[str, Any], problems: list[dict[str, Any]]) -> None:
+        """Writes one line of metrics and the quarantine entries since the last one."""
+        for problem in problems:
+            self._quarantine.write(json.dumps(problem) + "\n")
+        self._quarantine.flush()
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+        self._quarantine.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a .jsonl file; a last line that was cut short is left out, a missing file is empty."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _reopen(path: Path, keep: Any) -> TextIO:
+    kept = [entry for entry in read_lines(path) if keep(entry)]
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    temporary.replace(path)
+    return path.open("a")
+
+
+@contextmanager
+def live_line(config: RunConfig, out: TextIO = sys.stdout) -> Iterator[None]:
+    """Prints each new line of metrics.jsonl while the block runs; on a terminal, over the one before."""
+    done = Event()
+
+    def follow() -> None:
+        shown = None
+        ended = False
+        while not ended:
+            ended = done.wait(0.5)  # one more look after the block has ended
+            entries = read_lines(config.folder / METRICS)
+            if entries and entries[-1]["step"] != shown:
+                shown = entries[-1]["step"]
+                print(describe(entries[-1], config), file=out, flush=True, end="\r" if out.isatty() else "\n")
+        if out.isatty() and shown is not None:
+            print(file=out, flush=True)
+
+    thread = Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def describe(metrics: dict[str, Any], config: RunConfig) -> str:
+    """One line for the screen."""
+    left = (config.train.steps * config.train.global_batch - metrics["samples"]) / metrics["samples_per_second"]
+    temperatures = "/".join(f"{v:.3f}" for k, v in metrics.items() if k.startswith("temperature/"))
+    bad = f"  quarantined {metrics['rows_quarantined']:,}" if metrics["rows_quarantined"] else ""
+    return (
+        f"samples {metrics['samples']:>9,}/{config.train.steps * config.train.global_batch:,}  "
+        f"loss {metrics['loss']:.4f}  temperature {temperatures}  "
+        f"{metrics['samples_per_second']:,.1f} samples/s  waiting for data {metrics['wait_share']:4.0%}  "
+        f"ETA {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}{bad}"
+    )

@@ -1,0 +1,184 @@
+"""The page shows a run's numbers, treats all text as text, and makes do with what files there are."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muser_dist.config import to_dict
+from muser_dist.errors import CheckpointError
+from muser_dist.evaluate.report import write_report
+from muser_dist.evaluate.retrieval import text_audio_retrieval
+from muser_dist.evaluate.zero_shot import zero_shot
+from muser_dist.recipes.tiny import tiny
+
+HOSTILE = "</pre><script>alert('&amp;')</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}$\\frac"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """The page's text, its tags with their attributes, and whether every tag is closed in its place."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.html = path.read_text("utf-8")
+        self.text, self.tags, self.open = "", [], []
+        self.feed(self.html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "title"):
+            self.text += data
+
+
+def check(path: Path) -> Page:
+    """Well formed, nothing from outside, nothing that runs."""
+    page = Page(path)
+    assert not page.open
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "link", "iframe", "object", "form", "base"})
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("src", "srcset", "action") and not (name.endswith("href") and value[0] != "#")
+    assert not re.search(r"http|@import|url\((?!#)", page.html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    return page
+
+
+def metrics_line(step: int, **changes) -> str:
+    values = {"step": step, "samples": step * 128, "loss": 2.5 - step / 1000, "loss_minus_entropy": 1.25}
+    values |= {f"{kind}/{pair}": 0.5 for kind in ("loss", "temperature") for pair in ("audio-text", "spectrogram-text")}
+    values |= {"lr": 1e-3, "grad_norm": 1.5, "samples_per_second": 51.5, "wait_share": 0.043}
+    values |= {"rows_read": step * 130, "rows_used": step * 128, "rows_quarantined": 2, "time": {"encode": 1.0}}
+    return json.dumps(values | changes) + "\n"
+
+
+def scores(classes: list[str]) -> dict:
+    rng = np.random.default_rng(0)
+    labels = [classes[i] for i in rng.integers(0, len(classes), 300)]
+    return zero_shot(rng.normal(size=(300, 8)), rng.normal(size=(len(classes), 8)), classes, labels)
+
+
+def write_run(folder: Path, text: str) -> dict:
+    """A whole run's files, with `text` wherever text can come from outside; returns its evaluation."""
+    config = to_dict(tiny())
+    config["name"], config["data"]["templates"] = text, [text]
+    run = {"command": f"muser-dist train {text}", "versions": {text: text}, "commit": text, "started": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "run.json").write_text(json.dumps(run | {"machine": {text: text}}))
+    lines = [metrics_line(step, **{f"loss/{text}": 1.0}) for step in range(10, 520, 10)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    rng = np.random.default_rng(1)
+    audio, words = rng.normal(size=(2, 40, 8))
+    retrieved = text_audio_retrieval(audio, words, rng.integers(0, 20, 40), np.ones(40, bool), audio_name=text)
+    named = scores([text, "flute"])
+    evaluation = {"data": [text], "rows": 40, "retrieval": retrieved, "zero_shot": {text: {text: named}}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"skipped_fields": {text: text}}))
+    entry = {"epoch": 0, "row": 3, "shard": text, "key": text, "member": text, "reason": text, "offset": 10_240}
+    (folder / "quarantine.jsonl").write_text((json.dumps(entry) + "\n") * 5 + json.dumps(entry | {"reason": "empty"}))
+    return evaluation
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.{1 if value >= 0.01 or value == 0 else 2}f}\u202f%"
+
+
+def test_page_has_the_numbers(tmp_path):
+    evaluation = write_run(tmp_path, "a-run")
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.html" and sorted(p.name for p in tmp_path.glob("report*")) == ["report.html"]
+    page = check(path)
+    for shown in ("a-run", "trained, evaluated", "65\u202f280 of 65\u202f536", "51.5", "4.3\u202f%", "1.25"):
+        assert shown in page.text
+    for direction in evaluation["retrieval"].values():
+        for name in ("R@1", "R@5", "R@10", "chance_R@1", "chance_R@5", "chance_R@10"):
+            assert percent(direction[name]) in page.text
+        assert f"{direction['chance_MRR']:.3g}" in page.text
+    named = evaluation["zero_shot"]["a-run"]["a-run"]
+    for name in ("accuracy", "macro_f1", "majority", "majority_macro_f1", "chance"):
+        assert percent(named[name]) in page.text
+    assert all(str(count) in page.text for row in named["confusion"] for count in row)
+    assert "5 × a-run" in page.text and "1 × empty" in page.text and "at byte 10\u202f240" in page.text
+    assert "train.global_batch" in page.text and "muser-dist train a-run" in page.text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
+    first = path.read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_text_from_data_is_only_text(tmp_path):
+    write_run(tmp_path, HOSTILE)
+    page = check(write_report(tmp_path))
+    assert page.text.count(HOSTILE) > 15  # letter for letter, also what looks like a template or an entity
+    title = next(value for tag, attributes in page.tags if tag == "td" for value in [attributes.get("title")] if value)
+    assert title.startswith(HOSTILE)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "run.json", "metrics.jsonl", "evaluation.json", "quarantine.jsonl"])
+def test_each_file_may_be_missing(tmp_path, missing):
+    write_run(tmp_path, "a-run")
+    (tmp_path / missing).unlink()
+    check(write_report(tmp_path))
+
+
+def test_an_empty_folder_has_a_page_and_a_missing_one_an_error(tmp_path):
+    page = check(write_report(tmp_path))
+    assert tmp_path.name in page.text and "not evaluated; no training recorded" in page.text
+    assert "No metrics are recorded." in page.text and "No retrieval scores are recorded." in page.text
+    with pytest.raises(CheckpointError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_files_of_a_run_that_died(tmp_path):
+    """One line of metrics, half a line after it, and JSON that ends early."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny())))
+    (tmp_path / "metrics.jsonl").write_text(metrics_line(128, loss=float("nan"), lr=None) + '{"step": 138, "sam')
+    (tmp_path / "evaluation.json").write_text('{"rows": 1')
+    (tmp_path / "run.json").write_text("[]")
+    page = check(write_report(tmp_path))
+    assert "25 % trained, not evaluated" in page.text
+    assert "metrics.jsonl: 1 of 2 lines cannot be read" in page.text
+    assert "evaluation.json cannot be read" in page.text and "run.json holds no JSON object" in page.text
+    assert "Learning rate" not in page.text and "Temperature" in page.text
+
+
+def test_a_resumed_run_shows_its_latest_pass(tmp_path):
+    steps = [10, 20, 30, 40, 20, 30]
+    lines = [metrics_line(step, loss_minus_entropy=float(i)) for i, step in enumerate(steps)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    page = check(write_report(tmp_path))
+    assert "returns to an earlier checkpoint: 1" in page.text and "3\u202f840" in page.text
+
+
+def test_scores_without_rows_and_large_confusion_matrices(tmp_path):
+    """No score is a dash; of very many classes the frequent ones are shown and the counts stay whole."""
+    nothing = text_audio_retrieval(np.ones((2, 3)), np.ones((2, 3)), np.arange(2), np.zeros(2, bool))
+    many = scores([f"class {i}" for i in range(60)])
+    unlabelled = zero_shot(np.ones((2, 3)), np.eye(3), list("abc"), [None, None])
+    evaluation = {"retrieval": nothing, "zero_shot": {"kind": {"audio": many}, "mode": {"audio": unlabelled}}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = check(write_report(tmp_path))
+    assert "37 others" in page.text and "–" in page.text
+    cells = [value for tag, attributes in page.tags if tag == "td" and (value := attributes.get("title"))]
+    assert sum(int(cell.rsplit(": ", 1)[1].split(" of ")[0]) for cell in cells) == 300
+
+
+def test_long_metrics_are_thinned_to_their_last_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(metrics_line(step, lr=step / 1e6) for step in range(1, 5_000)))
+    path = write_report(tmp_path)
+    page = check(path)
+    assert "0.005" in page.text and len(page.html) < 1_000_000
