@@ -212,7 +212,7 @@ class TrainConfig(_Strict):
         )
         _require(
             self.samples >= self.global_batch,
-            f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); nothing would be trained",
+            f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
         )
         for name in ("lr", "cpus_per_worker", "checkpoint_samples", "log_steps", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")

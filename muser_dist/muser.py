@@ -154,7 +154,9 @@ class Muser:
             name = clip if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
             raise DataError(f"{name}: {error}") from None
 
-    def _encode(self, modality: Modality, items: Sequence[Any], tensors: Callable[[Any], dict[str, np.ndarray]]) -> np.ndarray:
+    def _encode(
+        self, modality: Modality, items: Sequence[Any], tensors: Callable[[Any], dict[str, np.ndarray]]
+    ) -> np.ndarray:
         size = self.config.train.chunk
         parts = [self._forward(modality, tensors(items[i : i + size])) for i in range(0, len(items), size)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)

@@ -67,17 +67,19 @@ def to_int16(waveform: np.ndarray, rate: int, sample_rate: int, samples: int) ->
 
 def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
     """Decodes the crop alone where the format can seek: (frames, channels) float32 and the rate."""
+    if not data:
+        raise DataError("empty: the member has no bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             wanted = round(seconds * file.samplerate)
             file.seek(round(position * max(0, file.frames - wanted)))
             return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
     except soundfile.LibsndfileError as error:
-        reason = str(error)
+        reason = error.error_string
     try:
         waveform, rate = _decode_with_ffmpeg(data)
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise DataError(f"cannot be decoded: {reason} FFmpeg: {error}") from None
+        raise DataError(f"cannot be decoded ({reason} {getattr(error, 'strerror', error)}.)") from None
     wanted = round(seconds * rate)
     start = round(position * max(0, len(waveform) - wanted))
     return waveform[start : start + wanted], rate

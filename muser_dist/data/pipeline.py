@@ -241,9 +241,7 @@ def _read_sample(file: Any, url: str, sample: Sample) -> RawRow:
         return read_member(file, sample.members[extension]) if extension in sample.members else None
 
     try:
-        return RawRow(
-            url, sample.key, sample.offset, read(audio_name), audio_name or "", read("json"), read("txt")
-        )
+        return RawRow(url, sample.key, sample.offset, read(audio_name), audio_name or "", read("json"), read("txt"))
     except DataError as error:
         return RawRow(url, sample.key, sample.offset, problem=str(error))
 

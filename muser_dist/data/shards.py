@@ -83,7 +83,11 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Writes the index as JSON."""
-        content = {"format": 1, "shards": list(zip(self.urls, self.rows.tolist(), strict=True)), "problems": self.problems}
+        content = {
+            "format": 1,
+            "shards": list(zip(self.urls, self.rows.tolist(), strict=True)),
+            "problems": self.problems,
+        }
         path.write_text(json.dumps(content))
 
     @staticmethod
@@ -111,7 +115,9 @@ def index_shards(urls: list[str], setting: str, progress: Callable[[int, int], N
     uncounted = [url for url in urls if known[url] is None]
     problems: dict[str, str] = {}
     with ThreadPoolExecutor(8) as pool:
-        for done, (url, (rows, problem)) in enumerate(zip(uncounted, pool.map(_count, uncounted), strict=True), start=1):
+        for done, (url, (rows, problem)) in enumerate(
+            zip(uncounted, pool.map(_count, uncounted), strict=True), start=1
+        ):
             if problem is not None and rows == 0:
                 raise DataError(f"{setting}: {url} {problem}; take it out of the pattern or fetch it again")
             if problem is not None:

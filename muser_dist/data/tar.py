@@ -69,7 +69,7 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
             were yielded; the message says at which byte.
     """
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is the caller's to close)
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         raise DataError(f"is no tar archive ({error})") from None
     sample: Sample | None = None

@@ -70,7 +70,8 @@ def write_report(folder: Path) -> Path:
         notes=notes,
         facts=_facts(config, metrics),
         charts=_charts(metrics),
-        scored={key: evaluation.get(key) for key in ("data", "rows")},
+        scored={key: evaluation.get(key) for key in ("data", "rows")}
+        | {"without": _mapping(evaluation.get("rows_without"))},
         tiles=_tiles(evaluation),
         retrieval=_retrieval(evaluation),
         zero_shot=_zero_shot(evaluation),
@@ -185,8 +186,7 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
     """Names and values of the list below the headline."""
     if not metrics:
         return []
-    last = metrics[-1]
-    planned, _ = _planned(config)
+    last, (planned, _) = metrics[-1], _planned(config)
     speeds = sorted(v for line in metrics if math.isfinite(v := _number(line.get("samples_per_second"))))
     waits = [v for line in metrics if math.isfinite(v := _number(line.get("wait_share")))]
     samples = _amount(last["samples"]) + (f" of {_amount(planned)}" if math.isfinite(planned) else "")

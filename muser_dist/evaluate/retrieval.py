@@ -44,9 +44,10 @@ def unit_rows(embeddings: np.ndarray, what: str) -> np.ndarray:
         )
     # First by the largest entry: the squares of very large or very small ones leave float64's range.
     largest = np.abs(rows).max(axis=1, initial=0.0, keepdims=True)
-    rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
+    rows = rows / np.where(largest > 0, largest, 1.0)
     norm = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
-    return np.divide(rows, norm, out=rows, where=norm > 0)
+    rows /= np.where(norm > 0, norm, 1.0)
+    return rows
 
 
 def ranks(
@@ -176,7 +177,7 @@ def retrieval(
     if not scored.any():
         names = [*(f"R@{k}" for k in ks), "MRR", "median_rank"]
         return dict.fromkeys([*names, *(f"chance_{name}" for name in names)]) | counts
-    ids, group, size = np.unique(np.asarray(candidate_ids), return_inverse=True, return_counts=True)
+    ids, size = np.unique(np.asarray(candidate_ids), return_counts=True)
     relevant = size[np.searchsorted(ids, np.asarray(query_ids)[scored])]
     rank = rank[scored]
     scores = {f"R@{k}": float((rank <= k).mean()) for k in ks}

@@ -52,6 +52,7 @@ class MultimodalModel(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.seed = config.seed
+        self.bf16 = config.train.precision == "bf16"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.towers = nn.ModuleDict(
@@ -79,16 +80,19 @@ class MultimodalModel(nn.Module):
             can be read only inside its module's forward.
         """
         out = {}
-        for name in self.towers:
-            if moment is not None:
-                torch.manual_seed(_mix(self.seed, *moment, name))
-            out[name] = self.encode(name, batch)
+        # Here and not around the call: DeepSpeed switches an outer autocast off.
+        with torch.autocast(batch["text_ids"].device.type, torch.bfloat16, enabled=self.bf16):
+            for name in self.towers:
+                if moment is not None:
+                    torch.manual_seed(_mix(self.seed, *moment, name))
+                out[name] = self.encode(name, batch)
         out["scale"] = self.temperature()
         return out
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
         """One modality of a batch: (rows, projection_dim) float32, not normalised."""
-        return self.heads[modality](self.towers[modality](batch)).float()
+        projected = self.heads[modality](self.towers[modality](batch))
+        return projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
 def _mix(*parts: int | str) -> int:

@@ -34,7 +34,7 @@ class LogMel(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         """(rows, samples) int16 to (rows, mels, frames) float32, about zero mean and unit variance."""
         with torch.autocast(audio.device.type, enabled=False):
-            power = self.mel(audio.float() / 32768.0)
+            power = self.mel(audio.to(self.mel.mel_scale.fb.dtype) / 32768.0)
             return (torch.log(power + 1e-6) + 4.0) / 4.0
 
 
@@ -67,7 +67,8 @@ class SpectrogramTower(nn.Module):
         super().__init__()
         self.log_mel = LogMel(data.sample_rate, mels, window, hop)
         try:
-            self.encoder = timm.create_model(model, pretrained=False, in_chans=1, num_classes=0, **timm_options)
+            # The network without its head: a parameter that nothing uses would stall ZeRO.
+            self.encoder = timm.create_model(model, in_chans=1, features_only=True, out_indices=(-1,), **timm_options)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(f"model.spectrogram.options: timm cannot build {model!r}: {error}") from None
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.encoder.modules()):
@@ -75,7 +76,8 @@ class SpectrogramTower(nn.Module):
                 f"model.spectrogram.options.model: {model!r} has BatchNorm, which mixes masked rows into the others; "
                 "take a network with LayerNorm or GroupNorm, such as convnext_atto"
             )
-        self.width: int = self.encoder.num_features
+        self.width: int = self.encoder.feature_info.channels()[-1]
+        self.norm = nn.LayerNorm(self.width)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeds a batch.
@@ -87,7 +89,8 @@ class SpectrogramTower(nn.Module):
             (rows, width).
         """
         image = self.log_mel(batch["audio"])
-        columns = self.encoder.forward_features(image[:, None]).mean(dim=2).transpose(1, 2)  # (rows, time, width)
+        (features,) = self.encoder(image[:, None])  # (rows, width, frequency, time)
+        columns = features.mean(dim=2).transpose(1, 2)
         samples_per_column = batch["audio"].shape[1] / columns.shape[1]
         lengths = torch.ceil(batch["audio_length"] / samples_per_column).clamp(min=1)
-        return masked_mean(columns, lengths)
+        return self.norm(masked_mean(columns, lengths))

@@ -48,6 +48,7 @@ class WaveformTower(nn.Module):
                 feat_proj_dropout=0.0,
                 layerdrop=0.0,  # would make ranks run different layers, which hangs at ZeRO-3
                 apply_spec_augment=False,
+                mask_time_prob=0.0,  # else it owns a parameter that nothing uses, and ZeRO waits for its gradient
             )
         )
 
@@ -61,7 +62,7 @@ class WaveformTower(nn.Module):
             (rows, width).
         """
         samples = batch["audio"].shape[1]
-        waveform = batch["audio"].float()
+        waveform = batch["audio"].to(self.encoder.dtype)
         waveform = waveform - waveform.mean(dim=1, keepdim=True)
         waveform = waveform / (waveform.std(dim=1, keepdim=True) + 1.0)  # int16 steps: 1 is the quietest sound
         lengths = batch["audio_length"].clamp(min=1)

@@ -64,9 +64,9 @@ def contrastive(features: dict[str, Tensor], scale_P: Tensor, batch: Batch, conf
         the rank's share; metrics "loss", "loss_minus_entropy" (0 is perfect: the loss cannot go
         below the entropy of its targets) and "loss/<pair>".
     """
-    rank, ranks = world()
+    rank, _ = world()
     b = len(batch.row)
-    local = {name: F.normalize(features[name].float(), dim=1) for name in _modalities(config)}
+    local = {name: F.normalize(features[name], dim=1) for name in _modalities(config)}
     everywhere = {name: gather(x_bD) for name, x_bD in local.items()}
     valid_N = {name: gather(batch.valid[name]) for name in local}
     position_b = torch.arange(rank * b, (rank + 1) * b, device=batch.row.device)
@@ -88,7 +88,7 @@ def contrastive(features: dict[str, Tensor], scale_P: Tensor, batch: Batch, conf
             _cross_entropy(scale_P[p] * local[x] @ everywhere[y].T, targets_bN, keep_bN, count_b)[anchor_b].sum()
             for x, y in ((pair.first, pair.second), (pair.second, pair.first))
         ) / (2 * anchors)
-        entropy = (count_b.float().log() * anchor_b).sum() / anchors
+        entropy = (count_b.to(loss.dtype).log() * anchor_b).sum() / anchors
         weight = pair.weight / weights
         share = share + weight * loss
         metrics[f"loss/{pair.first}-{pair.second}"] = loss.detach()

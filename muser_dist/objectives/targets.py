@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 def match(
-    row: Tensor, text_id: Tensor, all_rows: Tensor, all_text_ids: Tensor, position: Tensor, targets: Literal["instance", "same_text"]
+    row: Tensor,
+    text_id: Tensor,
+    all_rows: Tensor,
+    all_text_ids: Tensor,
+    position: Tensor,
+    targets: Literal["instance", "same_text"],
 ) -> tuple[Tensor, Tensor]:
     """Positives and excluded candidates of each anchor.
 

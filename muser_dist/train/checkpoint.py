@@ -4,6 +4,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch.distributed as dist
@@ -28,7 +29,7 @@ class Position:
     """
 
     step: int
-    totals: dict[str, int]
+    totals: dict[str, Any]
 
 
 def save(engine: DeepSpeedEngine, step: int, accounting: Accounting) -> None:

@@ -5,6 +5,7 @@ DeepSpeed averages gradients over ranks, so the engine multiplies by their numbe
 nowhere else.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,8 +79,12 @@ class DeepSpeedEngine:
     """DeepSpeed ZeRO over the process group that is already there (nccl on GPUs, gloo on CPUs)."""
 
     def __init__(self, model: MultimodalModel, config: RunConfig, device: torch.device) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it guesses, and warns of what it guessed
         import deepspeed
 
+        # Its shared-memory collectives for CPUs would be compiled here and now, which takes a
+        # minute and a C++ compiler; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         train = config.train
         self.device = device
         self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)

@@ -56,7 +56,9 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     with torch.device("meta"):  # every mistake in the towers shows here, at no cost of memory
         parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
     if not config.data.train:
-        raise ConfigError("no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)")
+        raise ConfigError(
+            "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
+        )
     train_urls = expand(config.data.train, "data.train")
     val_urls = expand(config.data.val, "data.val")
     config = replace(config, storage=str(Path(config.storage).resolve()))
@@ -117,7 +119,9 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
         starts.append(datetime.now(UTC).isoformat(timespec="seconds"))
         record.write_text(json.dumps(provenance(command) | {"started": starts[0], "starts": starts}, indent=2))
     except OSError as error:
-        raise ConfigError(f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage") from None
+        raise ConfigError(
+            f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage"
+        ) from None
 
 
 def provenance(command: list[str]) -> dict[str, Any]:
@@ -197,25 +201,31 @@ def connect(config: RunConfig) -> None:
     """
     t, slots = config.train, config.data.decode_slots
     if not ray.is_initialized():
-        quiet = {"logging_level": "error", "log_to_driver": True, "include_dashboard": False}
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
             if address == "local":
                 raise ConnectionError
-            ray.init(address, logging_level="error")
+            ray.init(address, logging_level="error", log_to_driver=False)
             print(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}", flush=True)
         except ConnectionError:
             if address not in ("auto", "local"):
                 raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
             # As many logical CPUs as are asked for, however few there are: two workers on two
             # cores must leave a slot to decode, or the job would wait for itself.
-            ray.init("local", num_cpus=int(-(-t.workers * t.cpus_per_worker // 1)) + slots, **quiet)
+            ray.init(
+                "local",
+                num_cpus=int(-(-t.workers * t.cpus_per_worker // 1)) + slots,
+                logging_level="error",
+                log_to_driver=False,
+            )
             print(f"Started Ray on this machine: {t.workers} workers, {slots} decoding slots", flush=True)
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
     needed = t.workers * t.cpus_per_worker
     if t.gpu and gpus < t.workers:
-        raise ClusterError(f"train.workers is {t.workers}, but the cluster has {gpus} GPUs; lower it, or drop --train.gpu")
+        raise ClusterError(
+            f"train.workers is {t.workers}, but the cluster has {gpus} GPUs; lower it, or drop --train.gpu"
+        )
     if needed > cpus:
         raise ClusterError(
             f"{t.workers} workers reserve {needed:g} CPUs, but the cluster has {cpus:g}; give fewer --train.workers, a "
@@ -290,8 +300,9 @@ def score(config: RunConfig, index: ShardIndex | None) -> None:
     if index is not None:
         start = time.monotonic()
         evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index)
+        seconds = time.monotonic() - start
         (folder / EVALUATION).write_text(json.dumps({"data": list(config.data.val)} | evaluation, indent=2))
-        print(f"\nScored {evaluation['rows']} rows of data.val in {time.monotonic() - start:.0f} s\n{describe(evaluation)}")
+        print(f"\nScored {evaluation['rows']} rows of data.val in {seconds:.0f} s\n{describe(evaluation)}")
     else:
         print("\nNot scored: no --data.val was given")
     page = write_report(folder)

@@ -59,13 +59,11 @@ def train(config: RunConfig) -> None:
     device = ray.train.torch.get_device()
     engine = DeepSpeedEngine(MultimodalModel(config), config, device)
     objective = load_objective(config.objective)
-    accounting = Accounting(config.objective.pairs)
 
     # --- Position ---
     position = checkpoint.load(engine)
     first_step = position.step if position else 0
-    if position:
-        accounting.totals = position.totals
+    accounting = Accounting(config.objective.pairs, position.totals if position else None)
     log = RunLog(config.folder, first_step) if rank == 0 else None
 
     # --- Data ---
@@ -82,7 +80,7 @@ def train(config: RunConfig) -> None:
         factor = lr_factor((step + 1) * train.global_batch, train)
         loss, scale = train_step(engine, objective, config.objective, on_device, factor)
         for chunk in mine:
-            accounting.add(chunk, modalities)
+            accounting.add(chunk)
 
         done = step + 1
         samples = done * train.global_batch

@@ -4,22 +4,24 @@ Rank 0 writes; the driver follows the file and prints. Both files can be cut bac
 that a run which goes on from a checkpoint leaves no line twice.
 """
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TextIO
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
-from muser_dist.config import Modality, PairConfig, RunConfig
+from muser_dist.config import PairConfig, RunConfig
 from muser_dist.data.pipeline import Chunk
-from muser_dist.objectives.collectives import sum_over_ranks, world
+from muser_dist.objectives.collectives import world
+
+Moment = tuple[int, int]
 
 METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
@@ -28,41 +30,51 @@ TIMES = ("seconds", "samples_per_second", "wait_share")
 """Fields of metrics.jsonl that differ between two runs of the same seed."""
 
 
-@dataclass
 class Accounting:
-    """Rows since the last flush on this rank, and over the whole run: read = used + quarantined.
+    """Every row that the run was dealt: read = used + quarantined, and a digest of their order.
 
-    A row is used when it takes part in at least one pair of the objective. `problems` says for
-    every other row why not, and also names the missing part of rows that are used in part.
+    A row is used when it takes part in at least one pair of the objective. The quarantine says
+    for every other row why not, and also names the missing part of rows that are used in part.
+
+    Attributes:
+        totals: "rows_read", "rows_used", "rows_quarantined", and "digest", a SHA-256 over step,
+            chunk, row numbers and keys of all chunks of all ranks up to the last flush: equal
+            where two runs saw the same rows in the same global batches.
     """
 
-    pairs: tuple[PairConfig, ...]
-    totals: dict[str, int] = field(default_factory=lambda: {"rows_read": 0, "rows_used": 0, "rows_quarantined": 0})
-    _read: int = 0
-    _used: int = 0
-    _problems: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, pairs: tuple[PairConfig, ...], totals: dict[str, Any] | None = None) -> None:
+        self.pairs = pairs
+        self.totals = totals or {"rows_read": 0, "rows_used": 0, "rows_quarantined": 0, "digest": ""}
+        self._new: list[tuple[Moment, str, int, int, list[dict[str, Any]]]] = []
 
-    def add(self, chunk: Chunk, modalities: tuple[Modality, ...]) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Counts a chunk that this rank has trained on."""
-        valid = {name: chunk[f"valid_{name}"] for name in modalities}
-        used = sum(valid[pair.first] & valid[pair.second] for pair in self.pairs) > 0
-        self._read += int((chunk["row"] >= 0).sum())
-        self._used += int(used.sum())
-        self._problems.extend({"step": int(chunk["step"]), **json.loads(entry)} for entry in chunk["problems"])
+        moment = int(chunk["step"]), int(chunk["chunk"])
+        valid = {f"{p.first}-{p.second}": chunk[f"valid_{p.first}"] & chunk[f"valid_{p.second}"] for p in self.pairs}
+        used = np.logical_or.reduce(list(valid.values()))
+        digest = hashlib.sha256(repr((moment, chunk["row"].tolist(), list(chunk["key"]))).encode()).hexdigest()
+        problems = [{"step": moment[0], **json.loads(entry)} for entry in chunk["problems"]]
+        self._new.append((moment, digest, int((chunk["row"] >= 0).sum()), int(used.sum()), problems))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Adds up all ranks; a collective. Returns the new quarantine entries in the order of rows."""
-        read, used = sum_over_ranks(torch.tensor([self._read, self._used])).tolist()
-        self.totals["rows_read"] += read
-        self.totals["rows_used"] += used
-        self.totals["rows_quarantined"] += read - used
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]
+        """Brings all ranks' rows since the last flush into the totals; a collective.
+
+        Returns:
+            the new quarantine entries, in an order that does not depend on the number of ranks.
+        """
+        parts: list[Any] = [self._new]
         if world()[1] > 1:
-            dist.all_gather_object(parts, self._problems)
-        else:
-            parts = [self._problems]
-        self._read, self._used, self._problems = 0, 0, []
-        return sorted((entry for part in parts for entry in part), key=lambda e: (e["step"], e["row"], e["member"]))
+            parts = [None] * world()[1]
+            dist.all_gather_object(parts, self._new)
+        self._new = []
+        entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
+        for _, digest, read, used, _ in entries:
+            self.totals["rows_read"] += read
+            self.totals["rows_used"] += used
+            self.totals["rows_quarantined"] += read - used
+            if read:  # an all-masked chunk that pads the step says nothing about the data
+                self.totals["digest"] = hashlib.sha256((self.totals["digest"] + digest).encode()).hexdigest()
+        return [problem for *_, problems in entries for problem in problems]
 
 
 class Stopwatch:

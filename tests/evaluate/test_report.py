@@ -87,7 +87,13 @@ def write_run(folder: Path, text: str) -> dict:
     audio, words = rng.normal(size=(2, 40, 8))
     retrieved = text_audio_retrieval(audio, words, rng.integers(0, 20, 40), np.ones(40, bool), audio_name=text)
     named = scores([text, "flute"])
-    evaluation = {"data": [text], "rows": 40, "retrieval": retrieved, "zero_shot": {text: {text: named}}}
+    evaluation = {
+        "data": [text],
+        "rows": 40,
+        "rows_without": {text: 7},
+        "retrieval": retrieved,
+        "zero_shot": {text: {text: named}},
+    }
     (folder / "evaluation.json").write_text(json.dumps(evaluation | {"skipped_fields": {text: text}}))
     entry = {"epoch": 0, "row": 3, "shard": text, "key": text, "member": text, "reason": text, "offset": 10_240}
     (folder / "quarantine.jsonl").write_text((json.dumps(entry) + "\n") * 5 + json.dumps(entry | {"reason": "empty"}))
@@ -103,7 +109,15 @@ def test_page_has_the_numbers(tmp_path):
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html" and sorted(p.name for p in tmp_path.glob("report*")) == ["report.html"]
     page = check(path)
-    for shown in ("a-run", "trained, evaluated", "65\u202f280 of 65\u202f536", "51.5", "4.3\u202f%", "1.25"):
+    for shown in (
+        "a-run",
+        "trained, evaluated",
+        "65\u202f280 of 65\u202f536",
+        "51.5",
+        "4.3\u202f%",
+        "1.25",
+        "7 of them have no usable a-run",
+    ):
         assert shown in page.text
     for direction in evaluation["retrieval"].values():
         for name in ("R@1", "R@5", "R@10", "chance_R@1", "chance_R@5", "chance_R@10"):

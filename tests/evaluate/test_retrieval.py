@@ -151,7 +151,7 @@ def test_errors_name_the_trouble():
     good, ids = np.ones((3, 2)), np.arange(3)
     bad = good.copy()
     bad[1, 0] = np.inf
-    with pytest.raises(DataError, match="1 of 3 candidate embeddings are not finite .*row 1"):
+    with pytest.raises(DataError, match=r"1 of 3 candidate embeddings are not finite .*row 1"):
         retrieval(good, bad, ids, ids)
     with pytest.raises(ValueError, match="dimensions"):
         retrieval(good, np.ones((3, 4)), ids, ids)

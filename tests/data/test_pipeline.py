@@ -1,0 +1,125 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from muser_dist.data.pipeline import evaluation_chunks, training_reader
+from muser_dist.data.shards import SIDECAR, expand, index_shards
+from tests.shardmaker import bad_samples, sample, write_shard, write_shards
+from tests.small import small_config
+
+
+def index_of(pattern: str):
+    return index_shards(expand([pattern], "data.train"), "data.train")
+
+
+def test_a_chunk_has_the_shapes_that_the_contract_says(tmp_path):
+    config = small_config()
+    (chunk,) = training_reader(config, index_of(write_shards(tmp_path, [8, 8]))).read([0])
+    c, samples, tokens = config.train.chunk, config.data.crop_samples, config.data.max_tokens
+    assert (chunk["step"], chunk["chunk"]) == (0, 0)
+    assert (chunk["audio"].shape, chunk["audio"].dtype) == ((c, samples), np.int16)
+    assert (chunk["text_ids"].shape, chunk["text_ids"].dtype) == ((c, tokens), np.int32)
+    for name in ("row", "epoch", "text_id", "audio_length", "text_length"):
+        assert chunk[name].shape == (c,)
+    for modality in config.model.towers():
+        assert chunk[f"valid_{modality}"].tolist() == [True] * c
+    assert len(chunk["key"]) == len(chunk["text"]) == c
+    assert chunk["problems"] == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_a_global_batch_is_the_same_for_any_number_of_workers(tmp_path, workers):
+    index = index_of(write_shards(tmp_path, [8, 8, 5]))
+    config = small_config(train={"workers": workers})
+    reader = training_reader(config, index)
+    assert reader.slots_per_step % workers == 0
+    chunks = list(reader.read(range(2 * reader.slots_per_step)))
+    rows = [row for chunk in chunks for row in chunk["row"].tolist()]
+    real = [row for row in rows if row >= 0]
+    assert real == training_reader(small_config(), index).plan.rows(0, 16).index.tolist()
+    assert len(rows) == 2 * reader.slots_per_step * config.train.chunk
+    for chunk in chunks:
+        if chunk["chunk"] >= config.train.chunks_per_step:
+            assert (chunk["row"] == -1).all()
+            assert not chunk["valid_audio"].any()
+            assert not chunk["valid_text"].any()
+
+
+def test_chunks_do_not_depend_on_what_is_read_with_them(tmp_path):
+    reader = training_reader(small_config(), index_of(write_shards(tmp_path, [8, 8])))
+    together = list(reader.read(range(6)))
+    (alone,) = reader.read([4])
+    for name, value in alone.items():
+        np.testing.assert_array_equal(value, together[4][name])
+
+
+def test_another_epoch_means_other_crops_and_templates(tmp_path):
+    reader = training_reader(small_config(), index_of(write_shards(tmp_path, [4])))
+    chunks = list(reader.read(range(20)))  # ten epochs of four rows
+    by_row: dict[int, set] = {}
+    for chunk in chunks:
+        for i, row in enumerate(chunk["row"].tolist()):
+            by_row.setdefault(row, set()).add((chunk["audio"][i].tobytes(), chunk["text"][i]))
+    assert all(len(versions) == 10 for versions in by_row.values())
+    assert any(len({text for _, text in versions}) == 2 for versions in by_row.values())
+
+
+@pytest.mark.parametrize(("key", "members", "reason"), bad_samples())
+def test_each_bad_sample_keeps_its_place_with_a_flag_off_and_a_reason(tmp_path, key, members, reason):
+    good = [(f"good{i}", sample(i)) for i in range(3)]
+    write_shard(tmp_path / "train-00000.tar", [good[0], (key, members), *good[1:]])
+    (first, second) = evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar"))
+    assert first["key"][1] == key
+    assert not (first["valid_audio"][1] and first["valid_text"][1])
+    assert first["valid_audio"][0]
+    assert second["valid_text"].all()
+    (entry,) = (json.loads(problem) for problem in first["problems"])
+    assert re.search(reason, entry["reason"])
+    assert (entry["key"], entry["row"], entry["shard"]) == (key, 1, f"{tmp_path}/train-00000.tar")
+    assert isinstance(entry["offset"], int)
+
+
+def test_a_row_without_text_keeps_its_audio(tmp_path):
+    write_shard(tmp_path / "train-00000.tar", [("a", {"flac": sample(0)["flac"]}), ("b", sample(1))])
+    (chunk,) = evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar"))
+    assert chunk["valid_audio"].tolist() == [True, True]
+    assert chunk["valid_text"].tolist() == [False, True]
+    assert chunk["text_id"][0] == -1
+
+
+def test_fewer_rows_than_the_index_says_are_quarantined_and_surplus_rows_unused(tmp_path):
+    write_shards(tmp_path, [3, 5])
+    (tmp_path / SIDECAR).write_text(json.dumps({"format": 1, "rows": {"train-00000.tar": 4, "train-00001.tar": 4}}))
+    chunks = list(evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar")))
+    assert sum(chunk["valid_audio"].sum() for chunk in chunks) == 7
+    (entry,) = (json.loads(problem) for chunk in chunks for problem in chunk["problems"])
+    assert (entry["row"], entry["reason"]) == (3, "holds fewer samples than its index says")
+
+
+def test_a_truncated_shard_yields_its_whole_rows_and_quarantines_the_rest(tmp_path):
+    write_shards(tmp_path, [6])
+    path = tmp_path / "train-00000.tar"
+    (tmp_path / SIDECAR).write_text(json.dumps({"format": 1, "rows": {"train-00000.tar": 6}}))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    chunks = list(evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar")))
+    used = sum(int((chunk["valid_audio"] & chunk["valid_text"]).sum()) for chunk in chunks)
+    entries = [json.loads(problem) for chunk in chunks for problem in chunk["problems"]]
+    assert 1 <= used < 6
+    assert len({entry["row"] for entry in entries}) == 6 - used
+    assert any("cut short" in entry["reason"] for entry in entries)
+
+
+def test_a_shard_that_vanished_quarantines_its_rows(tmp_path):
+    index = index_of(write_shards(tmp_path, [2, 2]))
+    (tmp_path / "train-00001.tar").unlink()
+    chunks = list(evaluation_chunks(small_config(), index))
+    entries = [json.loads(problem) for chunk in chunks for problem in chunk["problems"]]
+    assert [entry["row"] for entry in entries] == [2, 3]
+    assert "cannot be read" in entries[0]["reason"]
+
+
+def test_a_finite_pass_pads_its_last_chunk(tmp_path):
+    chunks = list(evaluation_chunks(small_config(), index_of(write_shards(tmp_path, [3]))))
+    assert [chunk["row"].tolist() for chunk in chunks] == [[0, 1], [2, -1]]

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muser_dist.data.text import WordTokenizer, check_templates, load_tokenizer, read_fields, render, text_id
+from muser_dist.errors import ConfigError, DataError
+
+TEMPLATE = "A song of {genre}, belongs to {kind} from {place}, whose style is {style}"
+
+
+def test_clauses_with_missing_fields_are_left_out():
+    assert render(TEMPLATE, {"genre": "folk", "style": "calm"})[0] == "A song of folk, whose style is calm"
+    assert render(TEMPLATE, {"kind": "dance"}) == ("", {})  # {place} is missing in the same clause
+    assert render(TEMPLATE, {}) == ("", {})
+
+
+def test_a_value_with_commas_and_braces_is_only_text():
+    sentence, facts = render("Tags {tags}, by {artist}", {"tags": "slow, {artist}"})
+    assert sentence == "Tags slow, {artist}"
+    assert facts == {"tags": "slow, {artist}"}
+
+
+@given(st.dictionaries(st.sampled_from(["genre", "kind", "place", "style"]), st.text(min_size=1)))
+def test_a_sentence_states_its_facts_and_no_others(fields):
+    sentence, facts = render(TEMPLATE, fields)
+    assert facts.items() <= fields.items()
+    assert bool(sentence) == bool(facts)
+    for value in facts.values():
+        assert value.strip() in sentence or not value.strip()
+
+
+def test_text_id_depends_on_the_facts_alone():
+    fields = {"genre": "Folk ", "style": "cafe\u0301"}
+    one = render("A {genre} song, {style}", fields)[1]
+    other = render("{style} and {genre}", {"genre": "folk", "style": "CAF\u00c9"})[1]
+    assert text_id(one) == text_id(other)
+    assert text_id(one) != text_id(render("{genre}", fields)[1])
+    assert text_id({"a": "x", "b": "y"}) != text_id({"a": "y", "b": "x"})
+    assert 0 <= text_id({}) < 2**63
+    assert text_id({"mode": "minor"}) == 679400274490062550  # stable between versions: ids are stored
+
+
+def test_fields_come_from_json_and_txt():
+    metadata = '{"a": ["x", "y"], "b": null, "c": "", "d": {"e": 1}, "f": 3.5, "g": " two\\n lines "}'.encode()
+    assert read_fields(metadata, "hé".encode()) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
+    assert read_fields(None, b" ") == {}
+
+
+@pytest.mark.parametrize("metadata", [b"{", b'"text"', b"[]", b"\xff\xfe", b"[" * 100_000, b""])
+def test_broken_json_is_an_error(metadata):
+    with pytest.raises(DataError, match="JSON"):
+        read_fields(metadata, None)
+
+
+@pytest.mark.parametrize("template", ["no field", "{a} and {", "{a.b}", "{}"])
+def test_templates_that_cannot_work_are_refused(template):
+    with pytest.raises(ConfigError, match=r"data\.templates"):
+        check_templates((template,))
+
+
+def test_word_tokens():
+    tokenizer = WordTokenizer(1000, 6)
+    ids, lengths = tokenizer(["A Slow waltz.", "a  slow WALTZ .", "", "one two three four five six seven"])
+    assert ids.shape == (4, 6)
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids[0], ids[1])
+    assert lengths.tolist() == [5, 5, 1, 6]
+    assert (ids[:, 0] == 1).all()
+    assert ids.max() < 1000
+    assert (ids[2, 1:] == 0).all()
+
+
+def test_scripts_of_many_kinds_are_tokenised():
+    ids, lengths = WordTokenizer(10_000, 8)(["медленный вальс", "أغنية بطيئة", "느린 왈츠", "एक धीमा", "αργό βαλς"])
+    assert (lengths >= 3).all()
+    assert len(np.unique(ids[:, 1])) == 5
+
+
+def test_a_tokenizer_from_a_local_folder(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "slow": 2, "waltz": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), 0, 4)
+    ids, lengths = tokenizer(["slow waltz", "waltz", "a slow slow slow waltz"])
+    assert tokenizer.vocabulary == 4
+    assert ids.tolist() == [[2, 3, 0, 0], [3, 0, 0, 0], [1, 2, 2, 2]]
+    assert lengths.tolist() == [2, 1, 4]
+
+
+def test_a_tokenizer_that_is_not_there_names_the_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*missing"):
+        load_tokenizer(str(tmp_path / "missing"), 0, 4)
