@@ -8,9 +8,6 @@ from typing import Annotated
 import tyro
 
 from muser_dist.cli import main
-from muser_dist.data.shards import expand, index_shards
-from muser_dist.evaluate.evaluator import describe, evaluate
-from muser_dist.muser import Muser
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,10 @@ class Evaluate:
 
 def job(arguments: list[str]) -> None:
     options = tyro.cli(Evaluate, args=arguments, prog="jobs/evaluate.py")
+    from muser_dist import Muser  # after the options: importing torch takes seconds
+    from muser_dist.data.shards import expand, index_shards
+    from muser_dist.evaluate.evaluator import describe, evaluate
+
     muser = Muser.from_pretrained(options.folder, options.device)
     config = muser.config
     fields = options.fields if options.fields is not None else config.evaluate.fields

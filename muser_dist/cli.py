@@ -53,6 +53,7 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
         default=load_recipe(recipe),
         args=overrides,
         prog=f"{program} {recipe}",
+        config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
         description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped.",
     )
     return config.named(recipe)

@@ -162,7 +162,7 @@ class TrainConfig(_Strict):
     """DeepSpeed ZeRO stage: 0 shares nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the towers under autocast; parameters, gradients and the loss stay float32."""
-    samples: int = 65_536
+    samples: int = 32_768
     """Length of training in samples, all passes over the data together."""
     global_batch: int = 128
     """Rows in one optimizer step over all workers (N); every row is a negative for every other."""
@@ -178,7 +178,7 @@ class TrainConfig(_Strict):
     """AdamW's decay rates of the first and second moment."""
     clip_norm: float = 1.0
     """Gradient norm over all parameters that steps are clipped to; 0 means no clipping."""
-    checkpoint_samples: int = 16_384
+    checkpoint_samples: int = 8_192
     """Samples between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""

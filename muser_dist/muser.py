@@ -149,9 +149,9 @@ class Muser:
                 return to_int16(clip[start : start + wanted].astype(np.float32), own_rate, rate, samples)
             return decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), rate, samples, position=0.5)
         except FileNotFoundError:
-            raise DataError(f"{clip}: there is no such file") from None
+            raise DataError(f"{clip!s}: there is no such file") from None
         except DataError as error:
-            name = clip if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
+            name = str(clip) if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
             raise DataError(f"{name}: {error}") from None
 
     def _encode(

@@ -274,12 +274,14 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex) -> Iterator[Chunk]:
 def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.Dataset":
     """The chunks of all steps from `first_step` on, as a Ray Dataset that deals them in order.
 
-    Reading and decoding are one task. One chunk is one row and one block, and with
-    `preserve_order` (set where the dataset is split) block i goes to split i mod W.
+    Reading and decoding are one task. One chunk is one row and one block; split with the
+    options of muser_dist/data/executor.py, block i goes to split i mod W.
     """
     import pyarrow as pa
     import ray.data
     from ray.data.extensions import ArrowTensorArray
+
+    from muser_dist.data.executor import set_context
 
     first, last = first_step * reader.slots_per_step, steps * reader.slots_per_step
     at_once = max(1, ROWS_PER_TASK // reader.chunk)
@@ -301,7 +303,5 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
                     }
                 )
 
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
+    set_context()
     return ray.data.range(tasks, override_num_blocks=tasks).map_batches(read, batch_size=None, num_cpus=1)

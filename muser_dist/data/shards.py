@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from muser_dist.data.tar import walk
 from muser_dist.errors import DataError

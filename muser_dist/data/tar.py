@@ -83,7 +83,7 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
             break
         if info is None:
             break
-        tar.members = []  # tarfile keeps every header otherwise
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if info.isdir():
             continue
         key, extension = split_name(info.name)

@@ -76,7 +76,7 @@ class SpectrogramTower(nn.Module):
                 f"model.spectrogram.options.model: {model!r} has BatchNorm, which mixes masked rows into the others; "
                 "take a network with LayerNorm or GroupNorm, such as convnext_atto"
             )
-        self.width: int = self.encoder.feature_info.channels()[-1]
+        self.width: int = self.encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:

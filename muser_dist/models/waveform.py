@@ -68,5 +68,5 @@ class WaveformTower(nn.Module):
         lengths = batch["audio_length"].clamp(min=1)
         inside = torch.arange(samples, device=waveform.device) < lengths[:, None]
         frames = self.encoder(waveform, attention_mask=inside).last_hidden_state
-        frame_lengths = self.encoder._get_feat_extract_output_lengths(lengths).clamp(min=1)
+        frame_lengths = self.encoder._get_feat_extract_output_lengths(lengths).clamp(min=1)  # type: ignore[arg-type]
         return masked_mean(frames, frame_lengths)

@@ -43,7 +43,7 @@ def reference_loss(features: dict[str, Tensor], scale: Tensor, batch: Batch, con
                 candidates = [j for j in rows if j in positives or batch.row[j] != batch.row[i]]
                 s = {j: scale[p] * torch.cosine_similarity(features[x][i], features[y][j], dim=0) for j in candidates}
                 log_sum = torch.logsumexp(torch.stack(list(s.values())), dim=0)
-                losses.append(-sum(s[j] - log_sum for j in positives) / len(positives))
+                losses.append(torch.stack([log_sum - s[j] for j in positives]).mean())
         if losses:
             total = total + pair.weight * torch.stack(losses).mean()
     return total / sum(pair.weight for pair in config.pairs)

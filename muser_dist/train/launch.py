@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -21,6 +22,7 @@ import ray.train.torch
 import torch
 
 from muser_dist.config import RunConfig, differences, from_dict, to_dict
+from muser_dist.data.executor import execution_options
 from muser_dist.data.pipeline import ray_dataset, training_reader
 from muser_dist.data.shards import ShardIndex, expand, index_shards
 from muser_dist.data.text import check_templates
@@ -202,10 +204,11 @@ def connect(config: RunConfig) -> None:
     t, slots = config.train, config.data.decode_slots
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
+        quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}  # the live line says what matters
         try:
             if address == "local":
                 raise ConnectionError
-            ray.init(address, logging_level="error", log_to_driver=False)
+            ray.init(address, **quiet)
             print(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}", flush=True)
         except ConnectionError:
             if address not in ("auto", "local"):
@@ -215,8 +218,7 @@ def connect(config: RunConfig) -> None:
             ray.init(
                 "local",
                 num_cpus=int(-(-t.workers * t.cpus_per_worker // 1)) + slots,
-                logging_level="error",
-                log_to_driver=False,
+                **quiet,
             )
             print(f"Started Ray on this machine: {t.workers} workers, {slots} decoding slots", flush=True)
     have = ray.cluster_resources()
@@ -254,12 +256,11 @@ def train(config: RunConfig, index: ShardIndex) -> None:
         """All chunks after the last checkpoint; called anew whenever workers start."""
         return ray_dataset(training_reader(config, index), committed_step(config), config.train.steps)
 
-    options = ray.data.ExecutionOptions(preserve_order=True)  # block i goes to worker i mod W
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
         datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(execution_options=options),
+        dataset_config=ray.train.DataConfig(execution_options=execution_options()),
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,

@@ -42,7 +42,7 @@ def test_text_id_depends_on_the_facts_alone():
 
 
 def test_fields_come_from_json_and_txt():
-    metadata = '{"a": ["x", "y"], "b": null, "c": "", "d": {"e": 1}, "f": 3.5, "g": " two\\n lines "}'.encode()
+    metadata = b'{"a": ["x", "y"], "b": null, "c": "", "d": {"e": 1}, "f": 3.5, "g": " two\\n lines "}'
     assert read_fields(metadata, "hé".encode()) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
     assert read_fields(None, b" ") == {}
 

@@ -334,7 +334,7 @@ def write_demo(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name: path for split in ("train", "val") for path in folder.glob(f"{split}-*.tar")}
+        there = {path.name: path for split in ("train", "val") for path in sorted(folder.glob(f"{split}-*.tar"))}
         for name, path in there.items():
             if name not in shards or not _holds(path, shards[name], seed, seconds):
                 raise DataError(f"{path} is of another corpus than you ask for; delete it or choose another folder")

@@ -1,0 +1,91 @@
+"""The main job through `ray start --head` and `ray job submit`, as a user types them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """A Ray head node with a dashboard of its own; gives the dashboard's address."""
+    dashboard = free_port()
+    # Sockets lie in this folder, and their paths may have only 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        command = [BIN / "ray", "start", "--head", "--block", "--num-cpus", "4", "--port", str(free_port())]
+        command += ["--dashboard-port", str(dashboard), "--ray-client-server-port", "0", "--temp-dir", temporary]
+        ray = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            address = f"http://127.0.0.1:{dashboard}"
+            wait_for(lambda: answers(f"{address}/api/version"))
+            yield address
+        finally:
+            os.killpg(ray.pid, signal.SIGTERM)
+            ray.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_for(event, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not event():
+        assert time.monotonic() < end, "it did not come up"
+        time.sleep(0.2)
+
+
+def submit(head: str, *job: str) -> subprocess.CompletedProcess:
+    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", ".", "--", "python", *job]
+    end = time.monotonic() + 60
+    while True:
+        done = subprocess.run(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # The job agent comes up some seconds after the dashboard that takes the jobs.
+        if "No available agent" not in done.stdout or time.monotonic() > end:
+            return done
+        time.sleep(0.5)
+
+
+def test_a_job_trains_and_streams_its_log(head, corpus, tmp_path):
+    done = submit(
+        head,
+        "jobs/pretrain.py",
+        "tests.small:small_config",
+        *("--data.train", f"{corpus}/train-*.tar", "--data.val", f"{corpus}/val-*.tar"),
+        *("--storage", str(tmp_path), "--name", "submitted", "--train.workers", "2"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Joined the Ray cluster" in done.stdout
+    assert "samples        24/24" in done.stdout
+    assert "zero-shot" in done.stdout
+    assert (tmp_path / "submitted" / "report.html").exists()
+    assert (tmp_path / "submitted" / "model" / "model.safetensors").exists()
+
+
+def test_a_job_that_cannot_run_fails_with_one_clear_line(head):
+    done = submit(head, "jobs/pretrain.py", "tests.small:small_config", "--data.train", "shards/train-*.tar")
+    assert done.returncode != 0
+    assert "error: data.train: 'shards/train-*.tar' is a relative path" in done.stdout

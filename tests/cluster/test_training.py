@@ -1,0 +1,191 @@
+"""Whole runs on a real Ray cluster: order, accounting, death of a worker, what is left behind."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from muser_dist import Muser
+from muser_dist.config import ObjectiveConfig, RunConfig, from_dict, to_dict
+from muser_dist.errors import CheckpointError, ClusterError, DataError, MuserError
+from muser_dist.train.launch import pretrain
+from muser_dist.train.metrics import QUARANTINE, TIMES, read_lines
+from tests.cluster.conftest import CPUS
+from tests.shardmaker import bad_samples, tone
+from tests.small import small_config
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20  # of 16 rows over 60: more than five epochs
+GOOD, BAD = 48, len(bad_samples())
+
+
+def run_config(corpus: Path, storage: Path, name: str) -> RunConfig:
+    return small_config(
+        train={
+            "workers": 2,
+            "samples": STEPS * 16,
+            "global_batch": 16,
+            "chunk": 4,
+            "checkpoint_samples": 64,
+            "max_failures": 1,
+        },
+        data={"train": (f"{corpus}/train-*.tar",), "val": (f"{corpus}/val-*.tar",)},
+        objective=ObjectiveConfig(name="tests.cluster.plugins:dies_once"),
+        name=name,
+        storage=str(storage),
+    )
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def straight(cluster, corpus, storage) -> Path:
+    """The folder of a run that nothing happened to."""
+    return pretrain(run_config(corpus, storage, "straight"), ["test"])
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_lines(folder / "metrics.jsonl")]
+
+
+def test_every_row_is_counted(straight):
+    lines = read_lines(straight / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["rows_read"] == line["rows_used"] + line["rows_quarantined"] for line in lines)
+    assert lines[-1]["rows_read"] == STEPS * 16
+    entries = read_lines(straight / QUARANTINE)
+    rows = {(entry["epoch"], entry["row"]) for entry in entries}
+    assert len(rows) == lines[-1]["rows_quarantined"]
+    for epoch in range(STEPS * 16 // (GOOD + BAD)):  # whole epochs hold every bad row once, and name its reason
+        of_epoch = {entry["key"] for entry in entries if entry["epoch"] == epoch}
+        assert of_epoch == {key for key, _, _ in bad_samples()}
+
+
+def test_the_loss_goes_down(straight):
+    losses = [line["loss_minus_entropy"] for line in read_lines(straight / "metrics.jsonl")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_the_same_seed_twice_gives_the_same_metrics(straight, corpus, storage):
+    again = pretrain(run_config(corpus, storage, "again"), ["test"])
+    assert without_times(again) == without_times(straight)
+    assert (again / QUARANTINE).read_text() == (straight / QUARANTINE).read_text()
+
+
+def test_a_killed_worker_changes_nothing(cluster, straight, corpus, storage, capsys):
+    (cluster / "dies_once").touch()
+    killed = pretrain(run_config(corpus, storage, "killed"), ["test"])
+    assert not (cluster / "dies_once").exists(), "no worker was killed"
+    got, want = without_times(killed), without_times(straight)
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for line, expected in zip(got, want, strict=True):
+        assert line["digest"] == expected["digest"]  # the same keys in the same batches
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["rows_quarantined"] == expected["rows_quarantined"]
+    assert (killed / QUARANTINE).read_text() == (straight / QUARANTINE).read_text()
+
+
+def test_the_run_leaves_everything_behind(straight):
+    config = from_dict(json.loads((straight / "config.json").read_text()), "config.json")
+    assert config.train.workers == 2
+    record = json.loads((straight / "run.json").read_text())
+    assert record["command"] == "test"
+    assert record["versions"]["ray"] == ray.__version__
+    evaluation = json.loads((straight / "evaluation.json").read_text())
+    assert evaluation["rows"] == 30
+    assert set(evaluation["zero_shot"]) == {"instrument", "mode"}
+    assert "absent" in evaluation["skipped_fields"]
+    assert set(evaluation["retrieval"]) == {
+        "text->audio",
+        "audio->text",
+        "text->spectrogram",
+        "spectrogram->text",
+    }
+    assert "<svg" in (straight / "report.html").read_text()
+
+
+def test_the_same_command_again_trains_nothing_and_another_config_is_refused(straight, corpus, storage, capsys):
+    before = (straight / "metrics.jsonl").read_text()
+    config = run_config(corpus, storage, "straight")
+    assert pretrain(config, ["test"]) == straight
+    assert "Already trained" in capsys.readouterr().out
+    assert (straight / "metrics.jsonl").read_text() == before
+    other = replace(config, train=replace(config.train, lr=0.5))
+    with pytest.raises(CheckpointError, match=r"another config \(train\.lr: 0\.001 there, 0\.5 here\).*--name"):
+        pretrain(other, ["test"])
+
+
+def test_the_model_works_without_ray_and_deepspeed(straight, tmp_path):
+    np.save(tmp_path / "tone.npy", tone(3, rate=8000))
+    code = f"""
+import sys
+for name in ("ray", "deepspeed", "tyro", "fsspec", "matplotlib", "sklearn", "webdataset"):
+    sys.modules[name] = None  # importing it raises ImportError
+import numpy as np, muser_dist
+muser = muser_dist.Muser.from_pretrained({str(straight)!r})
+tone = np.load({str(tmp_path / "tone.npy")!r})
+print((muser.encode_text(["a piece for flute"]) @ muser.encode_audio([tone]).T).shape)
+print(muser.encode_spectrogram([tone]).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split("\n")[:2] == ["(1, 1)", "(1, 8)"], done.stderr
+
+
+def test_the_exported_model_is_the_trained_one(straight, corpus):
+    muser = Muser.from_pretrained(straight / "model")
+    assert to_dict(muser.config)["data"]["train"] == []
+    done = subprocess.run(
+        [sys.executable, "jobs/evaluate.py", str(straight), "--val", f"{corpus}/val-*.tar", "--json", "/dev/stdout"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((straight / "evaluation.json").read_text())
+    assert f"{scores['retrieval']['text->audio']['MRR']:.3f}" in done.stdout
+
+
+def test_rows_that_all_fail_stop_the_run_with_the_reason(cluster, corpus, storage):
+    config = run_config(corpus, storage, "notext")
+    config = replace(config, data=replace(config.data, templates=("{composer}",)))
+    with pytest.raises(MuserError, match=r"none of the first 16 rows of data\.train can be used; .*data\.templates"):
+        pretrain(config, ["test"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (CPUS + 1, f"reserve {CPUS + 1} CPUs, but the cluster has {CPUS}"),
+        (CPUS, "leaves no slot to decode; start Ray with --num-cpus"),
+    ],
+)
+def test_what_the_cluster_cannot_place_is_said_before_the_start(cluster, corpus, tmp_path, workers, message):
+    config = run_config(corpus, tmp_path, "many")
+    config = replace(config, train=replace(config.train, workers=workers))
+    with pytest.raises(ClusterError, match=message):
+        pretrain(config, ["test"])
+
+
+def test_gpus_that_are_not_there(cluster, corpus, tmp_path):
+    config = run_config(corpus, tmp_path, "gpu")
+    with pytest.raises(ClusterError, match="the cluster has 0 GPUs"):
+        pretrain(replace(config, train=replace(config.train, gpu=True)), ["test"])
+
+
+def test_shards_that_changed_since_the_run_began(straight, corpus, storage):
+    index = straight / "train-index.json"
+    kept = index.read_text()
+    try:
+        index.write_text(kept.replace("train-00003.tar", "train-00009.tar"))
+        with pytest.raises(DataError, match=r"data\.train: 4 shards match now, but the run began with 4 others"):
+            pretrain(run_config(corpus, storage, "straight"), ["test"])
+    finally:
+        index.write_text(kept)

@@ -1,0 +1,170 @@
+"""What is checked before Ray starts, and the command line's messages."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from muser_dist.cli import parse_run
+from muser_dist.config import from_dict, to_dict
+from muser_dist.errors import ConfigError, DataError, MuserError
+from muser_dist.recipes import load_recipe
+from muser_dist.train.launch import check_paths, prepare_folder, pretrain
+from tests.shardmaker import write_shards
+from tests.small import small_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_on(tmp_path, rows=(8, 8), **data):
+    pattern = write_shards(tmp_path / "data", list(rows))
+    return small_config(data={"train": (pattern,), **data}, name="run", storage=str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": ()}, "no training data: give --data.train"),
+        ({"train": ("FOLDER/none-*.tar",)}, r"data\.train: .*no shard matches"),
+        ({"train": ("FOLDER/train-{00000..00007}.tar",)}, r"data\.train: .*train-00002\.tar: the shard is missing"),
+        ({"val": ("FOLDER/none-*.tar",)}, r"data\.val: .*no shard matches"),
+        ({"templates": ("nothing",)}, r"data\.templates: 'nothing' names no field"),
+        ({"tokenizer": "/not/there"}, r"data\.tokenizer: '/not/there' cannot be loaded"),
+    ],
+)
+def test_wrong_data_settings(tmp_path, data, message):
+    data = {
+        k: tuple(v.replace("FOLDER", f"{tmp_path}/data") for v in value) if isinstance(value, tuple) else value
+        for k, value in data.items()
+    }
+    with pytest.raises(MuserError, match=message):
+        pretrain(config_on(tmp_path, **data), ["test"])
+
+
+def test_a_shard_that_is_no_tar(tmp_path):
+    config = config_on(tmp_path)
+    (tmp_path / "data" / "train-00001.tar").write_text("not a tar" * 200)
+    with pytest.raises(DataError, match=r"train-00001\.tar is no tar archive"):
+        pretrain(config, ["test"])
+
+
+def test_fewer_rows_than_a_global_batch(tmp_path):
+    with pytest.raises(
+        DataError, match=r"7 rows in 2 shards are fewer than one global batch \(8\).*--train\.global-batch 6"
+    ):
+        pretrain(config_on(tmp_path, rows=(4, 3)), ["test"])
+
+
+def test_a_storage_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"storage: cannot write to .*--storage"):
+        pretrain(config_on(tmp_path), ["test"])
+    with pytest.raises(ConfigError, match=r"storage: 's3://bucket/runs' is a URL"):
+        prepare_folder(replace(small_config(), storage="s3://bucket/runs", name="x"), ["test"])
+
+
+def test_relative_paths_in_a_submitted_job(monkeypatch):
+    config = small_config(data={"train": ("data/train-*.tar",), "val": ("s3://b/val.tar",)}, storage="/shared")
+    check_paths(config)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
+    with pytest.raises(ConfigError, match=r"data\.train: 'data/train-\*\.tar' is a relative path.*--data\.train /"):
+        check_paths(config)
+    check_paths(replace(config, data=replace(config.data, train=("/data/train-*.tar",))))
+    with pytest.raises(ConfigError, match=r"storage: 'runs' is a relative path"):
+        check_paths(replace(config, data=replace(config.data, train=()), storage="runs"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"global_batch": 30, "chunk": 8},
+            r"train\.global_batch \(30\) must be a multiple of train\.chunk \(8\); nearest: 32",
+        ),
+        ({"samples": 4}, r"train\.samples \(4\) is less than one global batch"),
+        ({"lr": 0.0}, r"train\.lr must be positive"),
+        ({"workers": 0}, r"train\.workers must be at least 1"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        small_config(train=changes)
+
+
+def test_a_pair_needs_its_towers():
+    config = load_recipe("tiny")
+    with pytest.raises(ConfigError, match=r"contrasts spectrogram with text, but model\.spectrogram is None"):
+        replace(config, model=replace(config.model, spectrogram=None))
+
+
+def test_config_survives_json_and_unknown_fields_are_errors():
+    config = load_recipe("tiny")
+    values = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(values, "x") == config
+    values["train"]["wokers"] = 3
+    with pytest.raises(ConfigError, match=r"file\.json: train\.wokers: "):
+        from_dict(values, "file.json")
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        from_dict(to_dict(config) | {"train": {"lr": "fast"}}, "file.json")
+
+
+def test_the_command_line_overrides_any_field():
+    config = parse_run(
+        [
+            *("tiny", "--data.train", "a.tar", "b.tar", "--train.workers", "3", "--model.text.options.width", "64"),
+            *("--objective.temperature.no-learnable", "--model.audio.lr", "1e-5"),
+        ],
+        "test",
+    )
+    assert config.data.train == ("a.tar", "b.tar")
+    assert config.train.workers == 3
+    assert config.model.text.options["width"] == 64
+    assert config.model.audio.lr == 1e-5
+    assert config.objective.temperature.learnable is False
+
+
+def test_the_default_name_tells_configs_apart():
+    one, same, other = (parse_run(["tiny", "--train.lr", lr], "test") for lr in ("0.1", "0.1", "0.2"))
+    assert one.name == same.name != other.name
+    assert one.name.startswith("tiny-")
+    assert parse_run(["tiny", "--name", "mine"], "test").name == "mine"
+
+
+def my_recipe():
+    return small_config()
+
+
+def test_a_recipe_of_the_users_own():
+    assert parse_run([f"{__name__}:my_recipe", "--name", "x"], "test").data.sample_rate == 8_000
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "jobs/pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["tiny", "--data.train", "/none/x-*.tar"], 2, "error: data.train: /none/x-*.tar: there is no folder /none"),
+        (["tinny"], 2, "error: recipe: no 'tinny'; did you mean 'tiny'"),
+        (["--data.train", "x"], 2, "the first argument must be a recipe"),
+        (["--help"], 0, "usage: python jobs/pretrain.py RECIPE"),
+    ],
+)
+def test_messages_of_the_job(arguments, status, message):
+    done = run_job(*arguments)
+    assert done.returncode == status
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_and_a_misspelt_option_names_the_nearest():
+    text = run_job("tiny", "--help").stdout
+    for words in ("--train.global-batch", "Rate in Hz", "Rows in one optimizer step", "16000"):
+        assert words in text
+    done = run_job("tiny", "--train.wokers", "2")
+    assert done.returncode == 2
+    assert "--train.workers" in done.stderr + done.stdout

@@ -1,0 +1,101 @@
+import io
+import json
+
+import numpy as np
+
+from muser_dist.config import PairConfig
+from muser_dist.train.metrics import METRICS, QUARANTINE, Accounting, RunLog, describe, live_line, read_lines
+from tests.small import small_config
+
+PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
+
+
+def chunk(step: int, number: int, heard: list[bool], stated: list[bool], rows: list[int]) -> dict:
+    problem = {"epoch": 0, "row": rows[0], "shard": "s", "key": "k", "member": "", "reason": "r", "offset": 0}
+    return {
+        "step": np.int64(step),
+        "chunk": np.int64(number),
+        "row": np.array(rows),
+        "key": [str(row) for row in rows],
+        "valid_audio": np.array(heard),
+        "valid_spectrogram": np.array(heard),
+        "valid_text": np.array(stated),
+        "problems": [] if all(heard) and all(stated) else [json.dumps(problem)],
+    }
+
+
+def test_rows_read_are_used_or_quarantined():
+    accounting = Accounting(PAIRS)
+    accounting.add(chunk(0, 0, [True, False, True], [True, True, False], [4, 5, 6]))
+    accounting.add(chunk(0, 1, [True, False], [True, False], [7, -1]))  # -1 pads
+    problems = accounting.flush()
+    totals = accounting.totals
+    assert (totals["rows_read"], totals["rows_used"], totals["rows_quarantined"]) == (4, 2, 2)
+    assert [(p["step"], p["row"]) for p in problems] == [(0, 4), (0, 7)]
+    assert accounting.flush() == []
+
+
+def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flushed():
+    a, b = chunk(0, 0, [True], [True], [1]), chunk(0, 1, [True], [True], [2])
+
+    def digest(*groups):
+        accounting = Accounting(PAIRS)
+        for group in groups:
+            for c in group:
+                accounting.add(c)
+            accounting.flush()
+        return accounting.totals["digest"]
+
+    padding = chunk(0, 2, [False], [False], [-1])
+    assert digest([a, b]) == digest([a], [b]) == digest([b, a]) == digest([a, b, padding])
+    assert digest([a]) != digest([a, b])
+    assert digest([chunk(0, 0, [True], [True], [2]), chunk(0, 1, [True], [True], [1])]) != digest([a, b])
+    resumed = Accounting(PAIRS, {"rows_read": 1, "rows_used": 1, "rows_quarantined": 0, "digest": digest([a])})
+    resumed.add(b)
+    resumed.flush()
+    assert resumed.totals["digest"] == digest([a], [b])
+
+
+def line(step: int) -> dict:
+    return {
+        "step": step,
+        "samples": 8 * step,
+        "loss": 2.5,
+        "temperature/audio-text": 0.07,
+        "rows_quarantined": 3,
+        "samples_per_second": 4.0,
+        "wait_share": 0.25,
+    }
+
+
+def test_going_on_from_a_checkpoint_drops_later_lines(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(line(step), [{"step": step - 1, "row": step}])
+    log.close()
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 4, "los')  # the process died while it wrote
+    log = RunLog(tmp_path, 2)
+    log.write(line(3), [])
+    log.close()
+    assert [entry["step"] for entry in read_lines(tmp_path / METRICS)] == [1, 2, 3]
+    assert [entry["row"] for entry in read_lines(tmp_path / QUARANTINE)] == [1, 2]
+
+
+def test_the_live_line_shows_the_end_of_the_run(tmp_path):
+    config = small_config(name="run", storage=str(tmp_path))
+    (tmp_path / "run").mkdir()
+    out = io.StringIO()
+    log = RunLog(config.folder, 0)
+    with live_line(config, out):
+        for step in (1, 2):
+            log.write(line(step), [])
+    shown = out.getvalue().splitlines()
+    assert "samples        16/24" in shown[-1]
+    assert "loss 2.5000  temperature 0.070  4.0 samples/s" in shown[-1]
+    assert "waiting for data  25%" in shown[-1]
+    assert "quarantined 3" in shown[-1]
+
+
+def test_the_time_left_is_that_of_the_samples_left():
+    assert "ETA 0:00:04" in describe(line(1), small_config())  # 24 samples in all, 8 done, 4 a second

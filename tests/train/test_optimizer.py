@@ -1,0 +1,53 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from muser_dist.config import TemperatureConfig, TowerConfig
+from muser_dist.models.model import MultimodalModel
+from muser_dist.train.optimizer import lr_factor, parameter_groups
+from tests.small import small_config
+
+
+def test_the_schedule_over_the_whole_run():
+    train = replace(small_config().train, samples=1000, warmup_samples=100, global_batch=10, chunk=10)
+    factors = [lr_factor(samples, train) for samples in range(0, 1001, 10)]
+    assert factors[:11] == pytest.approx([i / 10 for i in range(11)])
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[-1] == pytest.approx(0.0, abs=1e-12)
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+    assert lr_factor(1, replace(train, warmup_samples=0)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_groups_cover_each_parameter_once_with_its_rate_and_decay():
+    config = small_config()
+    text = replace(config.model.text, lr=1e-5)
+    config = replace(config, model=replace(config.model, text=text))
+    model = MultimodalModel(config)
+    by_id = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, config)
+        for p in group["params"]
+    }
+    names = dict(model.named_parameters())
+    assert len(by_id) == len(names)
+    for name, parameter in names.items():
+        lr, decay = by_id[id(parameter)]
+        assert lr == (1e-5 if ".text." in name else config.train.lr), name
+        assert decay == (0.0 if parameter.ndim < 2 else config.train.weight_decay), name
+    assert by_id[id(names["temperature.log_scale.0"])][1] == 0.0
+
+
+def test_a_constant_temperature_is_in_no_group():
+    config = small_config()
+    config = replace(config, objective=replace(config.objective, temperature=TemperatureConfig(learnable=False)))
+    model = MultimodalModel(config)
+    trained = {id(p) for group in parameter_groups(model, config) for p in group["params"]}
+    assert not any(id(p) in trained for p in model.temperature.parameters())
+
+
+def test_a_tower_without_vectors_makes_no_empty_group():
+    config = small_config()
+    audio = TowerConfig("tests.models.test_model:CountingTower", {"size": 2})
+    config = replace(config, model=replace(config.model, audio=audio))
+    assert all(group["params"] for group in parameter_groups(MultimodalModel(config), config))
