@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from muser_dist.cli import main
 from muser_dist.errors import MuserError
 
 
@@ -37,7 +38,10 @@ class Demo:
 
     def make(self) -> None:
         """Writes the shards and says what is where."""
-        from muser_dist.data.corpora.demo import write_demo  # imports torch, which --help need not wait for
+        try:
+            from muser_dist.data.corpora.demo import write_demo  # imports torch, which --help need not wait for
+        except ModuleNotFoundError as error:
+            raise MuserError(f"{error}; pip install 'muser_dist[data]' brings what makes shards") from None
 
         write_demo(self.out, self.train, self.val, self.shard_rows, self.seed, self.seconds, Progress("pieces"))
         patterns = []
@@ -71,18 +75,11 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Parses the command line and makes the corpus that it names."""
-    corpus = tyro.extras.subcommand_cli_from_dict({"demo": Demo}, prog="make_shards.py", description=__doc__)
-    try:
-        corpus.make()
-    except MuserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+def job(arguments: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"demo": Demo}, prog="jobs/make_shards.py", description=__doc__, args=arguments
+    ).make()
 
 
 if __name__ == "__main__":
-    main()
+    main(job)

@@ -24,7 +24,7 @@ def main(job: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

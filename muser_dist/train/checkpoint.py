@@ -4,15 +4,17 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
-import torch.distributed as dist
+import ray.train.collective
 
 from muser_dist.config import RunConfig
 from muser_dist.errors import CheckpointError
-from muser_dist.train.engine import DeepSpeedEngine
-from muser_dist.train.metrics import Accounting
+
+if TYPE_CHECKING:  # Ray Train's controller imports this file, and need not wait for torch
+    from muser_dist.train.engine import DeepSpeedEngine
+    from muser_dist.train.metrics import Accounting
 
 FORMAT = 1
 _STATE = "muser.json"
@@ -32,13 +34,15 @@ class Position:
     totals: dict[str, Any]
 
 
-def save(engine: DeepSpeedEngine, step: int, accounting: Accounting) -> None:
+def save(engine: "DeepSpeedEngine", step: int, accounting: "Accounting") -> None:
     """Writes a checkpoint through Ray Train; every rank calls it and brings its own part."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         engine.save(folder)
-        if dist.get_rank() == 0:
-            state = {"format": FORMAT, "step": step, "workers": dist.get_world_size(), "totals": accounting.totals}
+        context = ray.train.get_context()
+        if context.get_world_rank() == 0:
+            workers = context.get_world_size()
+            state = {"format": FORMAT, "step": step, "workers": workers, "totals": accounting.totals}
             (folder / _STATE).write_text(json.dumps(state))
         # A barrier: Ray merges the folders of all ranks into one checkpoint before it counts.
         ray.train.report(
@@ -48,20 +52,21 @@ def save(engine: DeepSpeedEngine, step: int, accounting: Accounting) -> None:
         )
 
 
-def load(engine: DeepSpeedEngine) -> Position | None:
+def load(engine: "DeepSpeedEngine") -> Position | None:
     """Restores the run's last checkpoint into the engine; None when there is none."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
         state = json.loads((Path(folder) / _STATE).read_text())
-        if state["format"] != FORMAT or state["workers"] != dist.get_world_size():
+        workers = ray.train.get_context().get_world_size()
+        if state["format"] != FORMAT or state["workers"] != workers:
             raise CheckpointError(
                 f"{checkpoint.path}: format {state['format']} written by {state['workers']} workers; "
-                f"this run reads format {FORMAT} with {dist.get_world_size()} workers"
+                f"this run reads format {FORMAT} with {workers} workers"
             )
         engine.load(Path(folder))
-        dist.barrier()  # inside: leaving removes the folder when it was downloaded
+        ray.train.collective.barrier()  # inside: leaving removes the folder when it was downloaded
     return Position(state["step"], state["totals"])
 
 

@@ -1,7 +1,7 @@
 """The main job through `ray start --head` and `ray job submit`, as a user types them."""
 
 import os
-import signal
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,7 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "token",  # as the README says; without, a head of Ray 2.60 refuses its own machine's jobs
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
 
 
 def free_port() -> int:
@@ -32,14 +36,22 @@ def head() -> Iterator[str]:
     # Sockets lie in this folder, and their paths may have only 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         command = [BIN / "ray", "start", "--head", "--block", "--num-cpus", "4", "--port", str(free_port())]
-        command += ["--dashboard-port", str(dashboard), "--ray-client-server-port", "0", "--temp-dir", temporary]
-        ray = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
+        command += [
+            "--dashboard-port",
+            str(dashboard),
+            "--ray-client-server-port",
+            str(free_port()),
+            "--temp-dir",
+            temporary,
+        ]
+        ray = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
         try:
             address = f"http://127.0.0.1:{dashboard}"
-            wait_for(lambda: answers(f"{address}/api/version"))
+            wait_for(lambda: answers(f"{address}/api/version") or ray.poll() is not None)
+            assert ray.poll() is None, "ray start failed"
             yield address
         finally:
-            os.killpg(ray.pid, signal.SIGTERM)
+            ray.terminate()  # it stops what it has started
             ray.wait(60)
 
 
@@ -47,6 +59,8 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
+    except urllib.error.HTTPError:
+        return True  # it wants Ray's token, which `ray job submit` finds by itself
     except (urllib.error.URLError, OSError):
         return False
 

@@ -47,7 +47,7 @@ RHYTHMS = {
     "hornpipe": Rhythm("4/4", ("31313131", "313144"), "b-b-b-b-"),
     "waltz": Rhythm("3/4", ("444", "84", "444"), "b-c-c-"),
     "mazurka": Rhythm("3/4", ("3144", "318"), "b-c---", accent=4),
-    "polka": Rhythm("2/4", ("112112", "11222"), "bcbc"),
+    "polka": Rhythm("2/4", ("112112", "211211"), "bcbc"),
     "march": Rhythm("2/4", ("314", "44", "314"), "b-b-"),
 }
 MODES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 11)}  # semitones; minor is the harmonic one
@@ -137,7 +137,6 @@ def _score(metadata: dict[str, Any], seconds: float, rng: np.random.Generator) -
     melody: list[_Note] = []
     drone = ((1, 0.35), (1.5, 0.1), (2, 0.28))  # with more of the fifth, that would pass for the tonic
     accompaniment = [_Note("drone", ratio * HERTZ[tonic - 12], 0, seconds, gain) for ratio, gain in drone]
-
     step = 0  # of the scale, above the tonic, on which the melody begins
     for number in range(int((seconds - lead) / (bar * sixteenth)) + 1):
         root = progression[number % len(progression)]
@@ -147,7 +146,7 @@ def _score(metadata: dict[str, Any], seconds: float, rng: np.random.Generator) -
             if number or position:  # else the very first note
                 step = _next_step(step, root, position % beat == 0, rng)
             hertz = HERTZ[tonic + 12 * (INSTRUMENTS[instrument].octave + step // 7) + scale[step % 7]]
-            gain = 1.0 if position == rhythm.accent else 0.75 if position % beat == 0 else 0.6
+            gain = 1.0 if position == rhythm.accent else 0.8 if position % beat == 0 else 0.7
             melody.append(_Note(instrument, hertz, start + position * sixteenth, 0.9 * length * sixteenth, gain))
             position += length
         triad = [HERTZ[tonic - 12 + scale[(root + third) % 7]] for third in (0, 2, 4)]
@@ -292,7 +291,8 @@ def _play(notes: list[_Note], frames: int, rate: int, rng: np.random.Generator) 
         if (key := (note.instrument, note.hertz, note.length)) not in rendered:
             player = (INSTRUMENTS | ACCOMPANISTS)[note.instrument]
             tone = _Tone(note.hertz, round((note.length + player.release) * rate), rate, rng)
-            envelope = np.minimum(tone.time / player.attack, (tone.time[-1] - tone.time) / player.release)
+            attack = min(player.attack, note.length / 3)  # or the sixteenths would be lost
+            envelope = np.minimum(tone.time / attack, (tone.time[-1] - tone.time) / player.release)
             rendered[key] = np.minimum(envelope, 1) * player.voice(tone)
         sound = rendered[key][: frames - first]
         track[first : first + len(sound)] += np.float32(note.gain) * sound
