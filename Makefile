@@ -6,9 +6,9 @@ RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 .PHONY: demo test test-slow lint lock clean
 
 demo: $(VENV)/installed ## Makes a small corpus, trains on it with two workers, scores the model.
-	$(RUN) jobs/make_shards.py demo --out demo-data
+	$(RUN) jobs/make_shards.py demo --out demo-data --train 1280 --val 320
 	$(VENV)/bin/python jobs/pretrain.py tiny --data.train 'demo-data/train-*.tar' --data.val 'demo-data/val-*.tar' \
-		--train.samples 16384 --train.warmup-samples 2048 --train.checkpoint-samples 8192 --name demo
+		--train.samples 12288 --train.warmup-samples 2048 --train.checkpoint-samples 4096 --name demo
 
 test: $(VENV)/installed lint ## Everything that CI checks.
 	$(RUN) -m pytest -m "not slow"

@@ -12,6 +12,10 @@ from muser_dist.errors import DataError
 EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "mp4", "aif", "aiff")
 """Extensions of members that are taken for audio."""
 
+# An mp3 frame leans on the ones before it, and after a seek libmpg123 prints an error about each
+# that lacks them (the samples are right all the same). Near the head, decoding is as cheap as seeking.
+_MP3_SEEK_SECONDS = 30
+
 
 def decode(data: bytes, sample_rate: int, samples: int, position: float) -> tuple[np.ndarray, int]:
     """Decodes one crop of a clip.
@@ -72,8 +76,10 @@ def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             wanted = round(seconds * file.samplerate)
-            file.seek(round(position * max(0, file.frames - wanted)))
-            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+            start = round(position * max(0, file.frames - wanted))
+            skipped = start if file.format == "MP3" and start < _MP3_SEEK_SECONDS * file.samplerate else 0
+            file.seek(start - skipped)
+            return file.read(skipped + wanted, dtype="float32", always_2d=True)[skipped:], file.samplerate
     except soundfile.LibsndfileError as error:
         reason = error.error_string
     try:
