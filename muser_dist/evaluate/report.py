@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: no such folder; give the folder of a run")
     notes: list[str] = []
     config, run, evaluation = (_read_json(folder / f"{name}.json", notes) for name in ("config", "run", "evaluation"))
-    metrics = _latest_pass(_read_lines(folder / "metrics.jsonl", notes), notes)
+    metrics = _read_lines(folder / "metrics.jsonl", notes)
     page = _environment().from_string(files("muser_dist.evaluate").joinpath("report.html.j2").read_text("utf-8"))
     html = page.render(
         name=config.get("name") or folder.resolve().name,
@@ -125,23 +125,6 @@ def _read_lines(path: Path, notes: list[str]) -> list[Values]:
     if broken:
         notes.append(f"{path.name}: {broken} of {broken + len(entries)} lines cannot be read and are left out")
     return entries
-
-
-def _latest_pass(lines: list[Values], notes: list[str]) -> list[Values]:
-    """Lines of metrics.jsonl in the order of samples, without those that a resumed run did again."""
-    kept: list[Values] = []
-    resumed = 0
-    for line in lines:
-        if not math.isfinite(_number(line.get("samples"))):
-            continue
-        before = len(kept)
-        while kept and kept[-1]["samples"] >= line["samples"]:
-            kept.pop()
-        resumed += len(kept) < before
-        kept.append(line)
-    if resumed:
-        notes.append(f"returns to an earlier checkpoint: {resumed}; the charts show the latest pass")
-    return kept
 
 
 def _number(value: Any) -> float:
