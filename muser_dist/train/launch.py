@@ -106,7 +106,12 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
         raise ConfigError(f"storage: {config.storage!r} is a URL; give a folder that every node sees")
     path = config.folder / "config.json"
     if path.exists():
-        there = from_dict(json.loads(path.read_text()), str(path))
+        try:
+            there = from_dict(json.loads(path.read_text()), str(path))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is broken ({error}); delete {config.folder}, or give another --name"
+            ) from None
         changed = differences(there, config)
         if changed:
             raise CheckpointError(
@@ -168,6 +173,8 @@ def load_index(config: RunConfig, part: str, urls: list[str]) -> ShardIndex:
     index = index_shards(urls, f"data.{part}", progress)
     for url, problem in index.problems.items():
         print(f"Warning: {url} {problem}; rows that cannot be read will be quarantined", flush=True)
+    if index.total == 0:
+        raise DataError(f"data.{part}: {len(urls)} shards hold no sample at all")
     index.save(kept)
     return index
 

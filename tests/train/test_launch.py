@@ -10,7 +10,7 @@ import pytest
 
 from muser_dist.cli import parse_run
 from muser_dist.config import from_dict, to_dict
-from muser_dist.errors import ConfigError, DataError, MuserError
+from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.recipes import load_recipe
 from muser_dist.train.launch import check_paths, prepare_folder, pretrain
 from tests.shardmaker import write_shards
@@ -56,6 +56,20 @@ def test_fewer_rows_than_a_global_batch(tmp_path):
         DataError, match=r"7 rows in 2 shards are fewer than one global batch \(8\).*--train\.global-batch 6"
     ):
         pretrain(config_on(tmp_path, rows=(4, 3)), ["test"])
+
+
+def test_shards_without_a_sample(tmp_path):
+    empty = write_shards(tmp_path / "empty", [0])
+    with pytest.raises(DataError, match=r"data\.val: 1 shards hold no sample at all"):
+        pretrain(config_on(tmp_path, val=(empty,)), ["test"])
+
+
+def test_a_run_folder_with_a_broken_config(tmp_path):
+    config = config_on(tmp_path)
+    config.folder.mkdir(parents=True)
+    (config.folder / "config.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"config\.json is broken .*another --name"):
+        pretrain(config, ["test"])
 
 
 def test_a_storage_that_cannot_be_written(tmp_path):
