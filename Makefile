@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow lint lock clean .venv
+
+.venv: $(VENV)/installed ## The environment, with everything that tests and benchmarks need.
 
 demo: $(VENV)/installed ## Makes a small corpus, trains on it with two workers, scores the model.
 	$(RUN) jobs/make_shards.py demo --out demo-data --train 1280 --val 320

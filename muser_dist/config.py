@@ -228,6 +228,9 @@ class EvaluateConfig(_Strict):
     rows: int = 10_000
     """Most validation rows to score, from the first on."""
 
+    def __post_init__(self) -> None:
+        _require(self.rows >= 1, "evaluate.rows must be at least 1")
+
 
 @dataclass(frozen=True)
 class RunConfig(_Strict):
@@ -261,10 +264,11 @@ class RunConfig(_Strict):
         _require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":
-        """This config with its default name filled in: `recipe` and a hash of all settings."""
+        """This config with its default name filled in: `recipe` and a hash of all settings but the storage."""
         if self.name:
             return self
-        digest = hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()
+        settings = to_dict(self) | {"storage": ""}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return replace(self, name=f"{recipe.replace(':', '.')}-{digest[:8]}")
 
     @property

@@ -14,28 +14,33 @@ from torch import Tensor
 
 from muser_dist.config import Modality, RunConfig, from_dict, to_dict
 from muser_dist.data.audio import decode, to_int16
-from muser_dist.data.text import load_tokenizer
+from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 
 FORMAT = 1
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
 Clip = str | Path | bytes | np.ndarray
 """A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
 
 
 def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
-    """Writes an exported model: model.safetensors and config.json, swapped in one after the other.
+    """Writes an exported model: model.safetensors, the tokenizer if it has files, and config.json last.
 
-    Where the training data lay is left out of the config: addresses may say more than they should.
+    Where the data and the run lay is left out of the config: addresses may say more than they should.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "config": to_dict(replace(config, data=replace(config.data, train=(), val=())))}
+    data = replace(config.data, train=(), val=())
+    content = {"format": FORMAT, "config": to_dict(replace(config, storage="", data=data))}
+    tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.save(folder / _TOKENIZER)
     temporary = folder / f"{_WEIGHTS}.part"
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
     temporary.replace(folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(json.dumps(content, indent=2))
+    write_whole(folder / _CONFIG, json.dumps(content, indent=2))
 
 
 class Muser:
@@ -76,6 +81,8 @@ class Muser:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise CheckpointError(f"{folder / _CONFIG}: not an exported model of format {FORMAT}")
             config = from_dict(content.get("config"), str(folder / _CONFIG))
+            if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
+                config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
             model = MultimodalModel(config)
             model.load_state_dict(load_file(folder / _WEIGHTS))
         except (json.JSONDecodeError, SafetensorError, RuntimeError) as error:

@@ -80,4 +80,6 @@ def bad_samples() -> list[tuple[str, dict[str, bytes], str]]:
         ("notext", {"flac": good["flac"]}, r"no \.json and no \.txt"),
         ("emptycaption", {"flac": good["flac"], "json": b'{"caption": "  "}'}, "no text"),
         ("../escape", good, "unsafe member name"),
+        ("hugenumber", {**good, "json": b'{"caption": ' + b"9" * 5000 + b"}"}, "broken JSON"),
+        ("twosongs", {"a.flac": good["flac"], "b.flac": good["flac"], "json": good["json"]}, "several audio members"),
     ]

@@ -1,6 +1,7 @@
 """The library in use: loading an exported model, encoding, and what goes wrong there."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from muser_dist import Muser
 from muser_dist.data.shards import expand, index_shards
 from muser_dist.errors import CheckpointError, ConfigError, DataError
-from muser_dist.evaluate.evaluator import describe, evaluate, prompts_for
+from muser_dist.evaluate.evaluator import describe, evaluate, prompts_for, same_spelling
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import INSTRUMENTS, encode, tone, write_shards
@@ -102,6 +103,26 @@ def test_folders_that_hold_no_model_say_so(folder, tmp_path):
         (tmp_path / "config.json").write_text(change)
         with pytest.raises((CheckpointError, ConfigError), match=message):
             Muser.from_pretrained(tmp_path)
+
+
+def test_labels_that_differ_in_letter_case_are_one_class():
+    labels = ["Rock", "rock", "Rock", None, "folk", "FOLK"]
+    assert same_spelling(labels) == ["Rock", "Rock", "Rock", None, "FOLK", "FOLK"]
+
+
+def test_a_tokenizer_with_files_travels_with_the_model(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "slow": 1, "waltz": 2, "[EOS]": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="[EOS]")  # no padding token
+    own.save_pretrained(tmp_path / "mine")
+    config = small_config(data={"tokenizer": str(tmp_path / "mine")})
+    before = MultimodalModel(config)
+    save_model(tmp_path / "model", before.state_dict(), config)
+    shutil.rmtree(tmp_path / "mine")
+    assert Muser.from_pretrained(tmp_path / "model").encode_text(["slow waltz"]).shape == (1, 8)
 
 
 def test_prompts_are_what_templates_say_of_one_field_alone():

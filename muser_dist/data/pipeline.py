@@ -169,8 +169,8 @@ class ChunkReader:
                         row.audio, self.data.sample_rate, self.data.crop_samples, position
                     )
                     heard[i] = True
-                except DataError as error:
-                    report(row.audio_name, str(error))
+                except Exception as error:  # whatever it is, one row must not end the run
+                    report(row.audio_name, _reason(error))
             try:
                 if row.metadata is None and row.text is None:
                     raise DataError("no .json and no .txt member")
@@ -179,8 +179,8 @@ class ChunkReader:
                 sentences[i], facts = self._say(template, values)
                 text_ids[i] = text_id(facts)
                 stated[i] = True
-            except DataError as error:
-                report("json" if row.metadata is not None else "", str(error))
+            except Exception as error:
+                report("json" if row.metadata is not None else "", _reason(error))
         tokenizer = load_tokenizer(self.data.tokenizer, self.data.vocabulary, self.data.max_tokens)
         ids, id_lengths = tokenizer(sentences)
         chunk: Chunk = {
@@ -211,6 +211,10 @@ class ChunkReader:
         raise DataError("no text: it has none of the fields that data.templates name")
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+
+
 def _read_shard(url: str, numbers: set[int]) -> Iterator[tuple[int, RawRow]]:
     """Yields the wanted samples of a shard; those it turns out not to have come with a problem."""
     left = set(numbers)
@@ -232,16 +236,29 @@ def _read_shard(url: str, numbers: set[int]) -> Iterator[tuple[int, RawRow]]:
 
 
 def _read_sample(file: Any, url: str, sample: Sample) -> RawRow:
+    # The last extension decides, so that stems with dots ("01. Song.mp3") find their members.
     names = {extension.rpartition(".")[2]: extension for extension in sample.members}
-    audio_name = next((names[e] for e in audio.EXTENSIONS if e in names), None)
-    if sample.problem is not None:
-        return RawRow(url, sample.key, sample.offset, problem=sample.problem)
+    sounds = [name for name in sample.members if name.rpartition(".")[2] in audio.EXTENSIONS]
+    audio_name = sounds[0] if sounds else None
+    problem = sample.problem
+    if problem is None and len(sounds) > 1:
+        problem = f"several audio members ({', '.join(sounds)}); a key ends at the first dot of the file name"
+    if problem is not None:
+        return RawRow(url, sample.key, sample.offset, problem=problem)
 
     def read(extension: str | None) -> bytes | None:
         return read_member(file, sample.members[extension]) if extension in sample.members else None
 
     try:
-        return RawRow(url, sample.key, sample.offset, read(audio_name), audio_name or "", read("json"), read("txt"))
+        return RawRow(
+            url,
+            sample.key,
+            sample.offset,
+            read(audio_name),
+            audio_name or "",
+            read(names.get("json")),
+            read(names.get("txt")),
+        )
     except DataError as error:
         return RawRow(url, sample.key, sample.offset, problem=str(error))
 

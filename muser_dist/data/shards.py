@@ -6,6 +6,7 @@ is the same from disk and from S3. Any position is found without replaying earli
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 
 from muser_dist.data.tar import walk
 from muser_dist.errors import DataError
+from muser_dist.files import write_whole
 
 SIDECAR = "muser-index.json"
 """File beside the shards that holds their row counts: {"format": 1, "rows": {file name: rows}}."""
@@ -47,14 +49,18 @@ def expand(patterns: Iterable[str], setting: str) -> list[str]:
 
 def _matches(url: str, setting: str) -> list[str]:
     if "://" in url:
-        fs, path = fsspec.core.url_to_fs(url)
-        found = [fs.unstrip_protocol(match) for match in fs.glob(path)] if glob.has_magic(path) else [url]
-        missing = not found or (found == [url] and not fs.exists(path))
+        try:
+            fs, path = fsspec.core.url_to_fs(url)
+            found = [fs.unstrip_protocol(match) for match in fs.glob(path)] if glob.has_magic(path) else [url]
+            missing = not found or (found == [url] and not fs.exists(path))
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"{setting}: {url} cannot be listed: {error}") from None
     else:
         found = glob.glob(url) if glob.has_magic(url) else [url]
         missing = not found or (found == [url] and not Path(url).is_file())
     if not missing:
-        return found
+        # Absolute: tasks read them from other working directories than the job's.
+        return [match if "://" in match else os.path.abspath(match) for match in found]
     folder = url.rpartition("/")[0] or "."
     if "://" not in url and not Path(folder).is_dir():
         raise DataError(f"{setting}: {url}: there is no folder {folder}; check the path")
@@ -88,13 +94,16 @@ class ShardIndex:
             "shards": list(zip(self.urls, self.rows.tolist(), strict=True)),
             "problems": self.problems,
         }
-        path.write_text(json.dumps(content))
+        write_whole(path, json.dumps(content))
 
     @staticmethod
     def load(path: Path) -> "ShardIndex":
         """Reads what `save` wrote."""
-        content = json.loads(path.read_text())
-        urls, rows = zip(*content["shards"], strict=True)
+        try:
+            content = json.loads(path.read_text())
+            urls, rows = zip(*content["shards"], strict=True)
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{path} is broken ({error}); delete it and rows are counted anew") from None
         return ShardIndex(tuple(urls), np.array(rows, np.int64), content["problems"])
 
 
@@ -125,6 +134,8 @@ def index_shards(urls: list[str], setting: str, progress: Callable[[int, int], N
             known[url] = rows
             if progress is not None:
                 progress(done, len(uncounted))
+    if not any(known.values()):
+        raise DataError(f"{setting}: {len(urls)} shards hold no sample at all")
     return ShardIndex(tuple(urls), np.array([known[url] for url in urls], np.int64), problems)
 
 
@@ -137,8 +148,8 @@ def _read_sidecar(folder: str) -> dict[str, int]:
     try:
         with fsspec.open(path, "rb") as file:
             content = json.load(file)
-    except FileNotFoundError:
-        return {}
+    except OSError:
+        return {}  # there is none, or the storage does not say whether there is one
     except ValueError as error:
         raise DataError(f"{path}: broken index ({error}); delete it and it is made anew") from None
     rows = content.get("rows") if isinstance(content, dict) and content.get("format") == 1 else None
@@ -155,6 +166,8 @@ def _count(url: str) -> tuple[int, str | None]:
                 rows += 1
     except DataError as error:
         return rows, str(error)
+    except OSError as error:
+        return 0, f"cannot be read: {error}"
     return rows, None
 
 

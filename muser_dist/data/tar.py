@@ -16,6 +16,9 @@ from muser_dist.errors import DataError
 # A member larger than this is not read into memory: an hour of 48 kHz stereo wav is 0.7 GB.
 MAX_MEMBER_BYTES = 1 << 30
 
+# What the header parser raises on malformed headers; thousands of long-name headers make it recurse.
+_MALFORMED = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError)
+
 _END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
 
 
@@ -70,7 +73,7 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
     """
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is the caller's to close)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
+    except (OSError, *_MALFORMED) as error:
         raise DataError(f"is no tar archive ({error})") from None
     sample: Sample | None = None
     count = 0
@@ -78,7 +81,7 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
     while True:
         try:
             info = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        except _MALFORMED as error:
             damage = f"is damaged or cut short near byte {tar.offset} ({error})"
             break
         if info is None:
@@ -86,14 +89,16 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if info.isdir():
             continue
-        key, extension = split_name(info.name)
+        # Names that are not UTF-8 come with surrogates, which neither Arrow nor JSON can write.
+        name = info.name.encode(errors="surrogateescape").decode(errors="replace")
+        key, extension = split_name(name)
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
             sample = Sample(index=count, key=key, offset=info.offset)
             count += 1
-        sample.problem = sample.problem or _refusal(info, extension, sample)
-        sample.members[extension] = Member(info.name, info.offset_data, info.size)
+        sample.problem = sample.problem or _refusal(info, name, extension, sample)
+        sample.members[extension] = Member(name, info.offset_data, info.size)
     if sample is not None:
         yield sample
     if damage is None:
@@ -105,17 +110,17 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
         raise DataError(damage)
 
 
-def _refusal(info: tarfile.TarInfo, extension: str, sample: Sample) -> str | None:
+def _refusal(info: tarfile.TarInfo, name: str, extension: str, sample: Sample) -> str | None:
     """Why a member is not accepted, or None."""
-    path = PurePosixPath(info.name)
+    path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        return f"unsafe member name {info.name!r}"
+        return f"unsafe member name {name!r}"
     if not info.isreg() or info.issparse():
-        return f"member {info.name!r} is a link, a device or a sparse file"
+        return f"member {name!r} is a link, a device or a sparse file"
     if info.size > MAX_MEMBER_BYTES:
-        return f"member {info.name!r} has {info.size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
+        return f"member {name!r} has {info.size:,} bytes, more than {MAX_MEMBER_BYTES:,}"
     if extension in sample.members:
-        return f"two members named {info.name!r}"
+        return f"two members named {name!r}"
     return None
 
 

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, str]:
                     fields[name] = sentence
         if text is not None and (sentence := _value(text.decode())) != "":
             fields["text"] = sentence
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise DataError(f"broken JSON or text: {error}") from None
     return fields
 
@@ -48,7 +49,8 @@ def _value(value: Any) -> str:
         return ", ".join(filter(None, map(_value, value)))
     if value is None or isinstance(value, dict):
         return ""
-    return " ".join(str(value).split())
+    # JSON may hold half a surrogate pair, which no file and no tokenizer takes.
+    return " ".join(str(value).encode(errors="replace").decode().split())
 
 
 def check_templates(templates: tuple[str, ...]) -> None:
@@ -87,9 +89,14 @@ def text_id(facts: Mapping[str, str]) -> int:
     Two templates over the same facts give the same id; letter case, Unicode form and spacing
     do not matter.
     """
-    normal = sorted((name, " ".join(unicodedata.normalize("NFKC", v).casefold().split())) for name, v in facts.items())
+    normal = sorted((name, normal_form(value)) for name, value in facts.items())
     digest = hashlib.blake2b(json.dumps(normal).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def normal_form(value: str) -> str:
+    """The value without letter case, Unicode variants and spacing: equal where two mean the same."""
+    return " ".join(unicodedata.normalize("NFKC", value).casefold().split())
 
 
 class Tokenizer(Protocol):
@@ -140,6 +147,8 @@ class HuggingFaceTokenizer:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(f'data.tokenizer: {name!r} cannot be loaded: {first} (built in is "words")') from None
         self._tokenizer.padding_side = "right"
+        if self._tokenizer.pad_token is None:  # as in GPT-2; lengths tell what is padding
+            self._tokenizer.pad_token = self._tokenizer.eos_token
         self.vocabulary = len(self._tokenizer)
         self.max_tokens = max_tokens
 
@@ -148,6 +157,10 @@ class HuggingFaceTokenizer:
             sentences, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="np"
         )
         return out["input_ids"].astype(np.int32), out["attention_mask"].sum(axis=1).astype(np.int32)
+
+    def save(self, folder: Path) -> None:
+        """Writes it where its constructor can read it."""
+        self._tokenizer.save_pretrained(folder)
 
 
 @lru_cache(maxsize=4)

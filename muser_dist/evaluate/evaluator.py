@@ -1,6 +1,7 @@
 """Scores a model on validation shards: retrieval in both directions, zero-shot classification."""
 
 import json
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex
-from muser_dist.data.text import render
+from muser_dist.data.text import normal_form, render
 from muser_dist.errors import DataError
 from muser_dist.evaluate.retrieval import text_audio_retrieval, unit_rows
 from muser_dist.evaluate.zero_shot import zero_shot
@@ -64,7 +65,7 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex) -> dict[str, An
     scores: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for field in config.evaluate.fields:
-        labels = [values.get(field) for values in fields]
+        labels = same_spelling([values.get(field) for values in fields])
         classes = sorted({label for label in labels if label is not None})
         prompts = {value: prompts_for(config.data.templates, field, value) for value in classes}
         if len(classes) < 2:
@@ -90,6 +91,16 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex) -> dict[str, An
         "zero_shot": scores,
         "skipped_fields": skipped,
     }
+
+
+def same_spelling(labels: list[str | None]) -> list[str | None]:
+    """The labels, each in the most frequent spelling of what means the same ("Rock" and "rock")."""
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
+    for label in labels:
+        if label is not None:
+            spellings[normal_form(label)][label] += 1
+    usual = {form: min(counts, key=lambda s: (-counts[s], s)) for form, counts in spellings.items()}
+    return [None if label is None else usual[normal_form(label)] for label in labels]
 
 
 def prompts_for(templates: tuple[str, ...], field: str, value: str) -> list[str]:

@@ -9,7 +9,6 @@ then shows what there is and says what there is not.
 import io
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from muser_dist.errors import CheckpointError
+from muser_dist.files import write_whole
 
 _POINTS = 1_000  # drawn of each curve; more cannot be told apart at the size of a chart
 _CLASSES = 24  # shown of a confusion matrix; the rarer ones are put together
@@ -82,10 +82,7 @@ def write_report(folder: Path) -> Path:
         colours=_COLOURS,
     )
     path = folder / "report.html"
-    # Whoever has the page open never loads half of it.
-    draft = path.with_name("report.html.draft")
-    draft.write_text(html, encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, html)
     return path
 
 

@@ -33,7 +33,7 @@ def build_tower(modality: str, config: TowerConfig, data: DataConfig) -> nn.Modu
     build = resolve(config.build, TOWERS, f"model.{modality}.build")
     try:
         tower = build(data, **config.options)
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise ConfigError(f"model.{modality}.options: {config.build} cannot be built: {error}") from None
     if not isinstance(getattr(tower, "width", None), int):
         raise ConfigError(f"model.{modality}.build: {config.build} has no integer attribute `width`")

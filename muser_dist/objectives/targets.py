@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -28,7 +29,7 @@ def match(
     Returns:
         positive and excluded, both (b, N) bool; validity is not looked at.
     """
-    positive = position[:, None] == position.new_tensor(range(len(all_rows)))
+    positive = position[:, None] == torch.arange(len(all_rows), device=position.device)
     if targets == "same_text":
         positive = positive | ((text_id[:, None] == all_text_ids) & (text_id[:, None] >= 0))
     return positive, (row[:, None] == all_rows) & ~positive

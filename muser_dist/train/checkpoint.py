@@ -78,7 +78,7 @@ def committed_step(config: RunConfig) -> int:
     """
     try:
         snapshot = json.loads((config.folder / _RAY_SNAPSHOT).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     latest = snapshot["latest_checkpoint_result"]
     return int(latest["checkpoint_dir_name"].rpartition("-")[2]) if latest else 0

@@ -89,6 +89,7 @@ class DeepSpeedEngine:
         self.device = device
         self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._grad_norm = 0.0
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -116,10 +117,15 @@ class DeepSpeedEngine:
     def step(self, lr_factor: float) -> None:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * lr_factor
+        if self.deepspeed.zero_optimization_stage() == 0:  # there DeepSpeed does not tell it
+            gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.deepspeed.step()
+        if self.deepspeed.zero_optimization_stage() > 0:
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
 
     def grad_norm(self) -> float:
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return self._grad_norm
 
     def state_dict(self) -> dict[str, Tensor]:
         import deepspeed

@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,10 +26,11 @@ from muser_dist.config import RunConfig, differences, from_dict, to_dict
 from muser_dist.data.executor import execution_options
 from muser_dist.data.pipeline import ray_dataset, training_reader
 from muser_dist.data.shards import ShardIndex, expand, index_shards
-from muser_dist.data.text import check_templates
+from muser_dist.data.text import check_templates, load_tokenizer
 from muser_dist.errors import CheckpointError, ClusterError, ConfigError, DataError, MuserError
 from muser_dist.evaluate.evaluator import describe, evaluate
 from muser_dist.evaluate.report import write_report
+from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser
 from muser_dist.objectives.contrastive import load_objective
@@ -37,6 +39,10 @@ from muser_dist.train.loop import MODEL, STOPPED, train_worker
 from muser_dist.train.metrics import live_line
 
 EVALUATION = "evaluation.json"
+
+# Models of at most this size are tried on one row before anything starts; the machine that a job
+# starts from may have little memory.
+_TRIED_PARAMETERS = 300_000_000
 
 
 def pretrain(config: RunConfig, command: list[str]) -> Path:
@@ -55,12 +61,13 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     check_paths(config)
     check_templates(config.data.templates)
     load_objective(config.objective)
-    with torch.device("meta"):  # every mistake in the towers shows here, at no cost of memory
-        parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
+    parameters = check_model(config)
     if not config.data.train:
         raise ConfigError(
             "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
         )
+    if config.data.val and "text" not in config.model.towers():
+        raise ConfigError("data.val: scoring compares with text, and the model has no text tower; leave data.val empty")
     train_urls = expand(config.data.train, "data.train")
     val_urls = expand(config.data.val, "data.val")
     config = replace(config, storage=str(Path(config.storage).resolve()))
@@ -95,6 +102,40 @@ def check_paths(config: RunConfig) -> None:
             )
 
 
+def check_model(config: RunConfig) -> int:
+    """The number of parameters, after a look whether the towers can be built and take a row.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    with torch.device("meta"):  # costs no memory, however large the towers are
+        parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
+    if parameters < _TRIED_PARAMETERS:
+        data = config.data
+        tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
+        ids, lengths = tokenizer(["a song"])
+        row = {
+            "audio": torch.zeros(1, data.crop_samples, dtype=torch.int16),
+            "audio_length": torch.tensor([data.crop_samples], dtype=torch.int32),
+            "text_ids": torch.from_numpy(ids),
+            "text_length": torch.from_numpy(lengths),
+        }
+        try:
+            with torch.inference_mode():
+                MultimodalModel(config)(row)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"the towers cannot take a row of {data.crop_seconds:g} s at {data.sample_rate} Hz ({error}); "
+                "give a longer --data.crop-seconds, or towers with smaller windows and fewer stages"
+            ) from None
+    return parameters
+
+
+def has_begun(config: RunConfig) -> bool:
+    """Whether the run has results that its config and shards must not drift away from."""
+    return committed_step(config) > 0 or (config.folder / MODEL / "config.json").exists()
+
+
 def prepare_folder(config: RunConfig, command: list[str]) -> None:
     """Makes the run's folder with config.json and run.json, or checks that it is the same run's.
 
@@ -105,7 +146,7 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
     if "://" in config.storage:
         raise ConfigError(f"storage: {config.storage!r} is a URL; give a folder that every node sees")
     path = config.folder / "config.json"
-    if path.exists():
+    if has_begun(config):
         try:
             there = from_dict(json.loads(path.read_text()), str(path))
         except ValueError as error:
@@ -120,11 +161,12 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
             )
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(to_dict(config), indent=2))
+        write_whole(path, json.dumps(to_dict(config), indent=2))
         record = config.folder / "run.json"
-        starts = json.loads(record.read_text())["starts"] if record.exists() else []
-        starts.append(datetime.now(UTC).isoformat(timespec="seconds"))
-        record.write_text(json.dumps(provenance(command) | {"started": starts[0], "starts": starts}, indent=2))
+        started = [datetime.now(UTC).isoformat(timespec="seconds")]
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            started = json.loads(record.read_text())["starts"] + started
+        write_whole(record, json.dumps(provenance(command) | {"started": started[0], "starts": started}, indent=2))
     except OSError as error:
         raise ConfigError(
             f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage"
@@ -159,12 +201,13 @@ def load_index(config: RunConfig, part: str, urls: list[str]) -> ShardIndex:
     kept = config.folder / f"{part}-index.json"
     if kept.exists():
         index = ShardIndex.load(kept)
-        if list(index.urls) != urls:
+        if list(index.urls) == urls:
+            return index
+        if has_begun(config):
             raise DataError(
                 f"data.{part}: {len(urls)} shards match now, but the run began with {len(index.urls)} others; "
                 "its order of rows would change. Bring the shards back, or start a run with another --name"
             )
-        return index
 
     def progress(done: int, of: int) -> None:
         if done == of or done % max(1, of // 20) == 0:
@@ -173,8 +216,6 @@ def load_index(config: RunConfig, part: str, urls: list[str]) -> ShardIndex:
     index = index_shards(urls, f"data.{part}", progress)
     for url, problem in index.problems.items():
         print(f"Warning: {url} {problem}; rows that cannot be read will be quarantined", flush=True)
-    if index.total == 0:
-        raise DataError(f"data.{part}: {len(urls)} shards hold no sample at all")
     index.save(kept)
     return index
 
@@ -182,10 +223,11 @@ def load_index(config: RunConfig, part: str, urls: list[str]) -> ShardIndex:
 def check_rows(config: RunConfig, index: ShardIndex) -> None:
     """Raises DataError when the shards cannot fill one global batch."""
     if index.total < config.train.global_batch:
+        chunk = min(config.train.chunk, max(1, index.total // 2))
         raise DataError(
             f"data.train: {index.total} rows in {len(index.urls)} shards are fewer than one global batch "
-            f"({config.train.global_batch}); give more data, or at most --train.global-batch "
-            f"{index.total // config.train.chunk * config.train.chunk or index.total} (with --train.chunk dividing it)"
+            f"({config.train.global_batch}); give more data, or --train.chunk {chunk} --train.global-batch "
+            f"{index.total // chunk * chunk}"
         )
 
 
@@ -240,6 +282,12 @@ def connect(config: RunConfig) -> None:
             f"{t.workers} workers reserve {needed:g} CPUs, but the cluster has {cpus:g}; give fewer --train.workers, a "
             f"smaller --train.cpus-per-worker, or more nodes (ray start --num-cpus N declares logical CPUs)"
         )
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(int(node // t.cpus_per_worker) for node in nodes) < t.workers:
+        raise ClusterError(
+            f"{t.workers} workers of {t.cpus_per_worker:g} CPUs do not fit on nodes of "
+            f"{', '.join(f'{node:g}' for node in nodes)} CPUs; lower --train.cpus-per-worker or --train.workers"
+        )
     if needed + 1 > cpus:
         raise ClusterError(
             f"{t.workers} workers reserve {needed:g} of the cluster's {cpus:g} CPUs, which leaves no slot to decode; "
@@ -284,11 +332,16 @@ def train(config: RunConfig, index: ShardIndex) -> None:
     try:
         with live_line(config):
             trainer.fit()
+    except SystemExit:  # so Ray's own handler ends a fit() at Ctrl-C, with status 0
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise MuserError(
-            f"training failed after {config.train.max_failures} restarts: {_last_line(error)}\n"
-            f"Start the same command again to go on from step {committed_step(config)}."
+            f"training failed, after as many restarts as train.max_failures ({config.train.max_failures}) allows: "
+            f"{_last_line(error)}\nThe same command goes on from step {committed_step(config)}."
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # fit() leaves its own behind
     if stopped.exists():
         raise MuserError(stopped.read_text())
 
@@ -307,9 +360,13 @@ def score(config: RunConfig, index: ShardIndex | None) -> None:
     folder = config.folder
     if index is not None:
         start = time.monotonic()
-        evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index)
+        try:
+            evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index)
+        except DataError:
+            write_report(folder)  # the training is worth its page, whatever is wrong with the scoring
+            raise
         seconds = time.monotonic() - start
-        (folder / EVALUATION).write_text(json.dumps({"data": list(config.data.val)} | evaluation, indent=2))
+        write_whole(folder / EVALUATION, json.dumps({"data": list(config.data.val)} | evaluation, indent=2))
         print(f"\nScored {evaluation['rows']} rows of data.val in {seconds:.0f} s\n{describe(evaluation)}")
     else:
         print("\nNot scored: no --data.val was given")
@@ -322,4 +379,3 @@ def score(config: RunConfig, index: ShardIndex | None) -> None:
         f"  python jobs/evaluate.py {folder} --val 'OTHER/val-*.tar'",
         flush=True,
     )
-    sys.stdout.flush()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from muser_dist.config import RunConfig, TrainConfig, from_dict
 from muser_dist.data.pipeline import Chunk
-from muser_dist.errors import DataError, MuserError
+from muser_dist.errors import CheckpointError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.objectives.contrastive import global_metrics, load_objective
@@ -41,7 +41,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = from_dict(settings["config"], "the run's config")
     try:
         train(config)
-    except StopTraining as error:
+    except (StopTraining, CheckpointError) as error:  # both on all ranks alike
         # Not raised further: Ray would restart the workers and come to the same end again.
         if dist.get_rank() == 0:
             (config.folder / STOPPED).write_text(str(error))
@@ -51,7 +51,8 @@ def train(config: RunConfig) -> None:
     """Trains until the run's last step, from its last checkpoint where there is one, and exports.
 
     Raises:
-        StopTraining: the loss is not finite, or no row can be used.
+        StopTraining: the loss or its gradient is not finite, or no row can be used.
+        CheckpointError: the last checkpoint does not suit this run.
     """
     # --- Set-up ---
     train, modalities = config.train, tuple(config.model.towers())
@@ -89,10 +90,13 @@ def train(config: RunConfig) -> None:
         if save or done % train.log_steps == 0:
             values = global_metrics(loss)
             problems = accounting.flush()
+            if log:
+                log.quarantine(problems)
+            values["grad_norm"] = engine.grad_norm()
             if not all(map(math.isfinite, values.values())):
                 raise StopTraining(
-                    f"the loss is not finite at step {done} ({values}); the last checkpoint is from before. Lower "
-                    "--train.lr or raise --objective.temperature.minimum, under another --name"
+                    f"the loss or its gradient is not finite at step {done} ({values}); the last checkpoint is from "
+                    "before. Lower --train.lr or raise --objective.temperature.minimum, under another --name"
                 )
             if accounting.totals["rows_used"] == 0:
                 raise StopTraining(
@@ -102,11 +106,11 @@ def train(config: RunConfig) -> None:
             metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
             for pair, inverse in zip(config.objective.pairs, scale.tolist(), strict=True):
                 metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / inverse
-            metrics |= {"lr": train.lr * factor, "grad_norm": engine.grad_norm(), **accounting.totals}
+            metrics |= {"lr": train.lr * factor, **accounting.totals}
             metrics |= stopwatch.lap((done - logged_step) * train.global_batch)
             logged_step = done
             if log:
-                log.write(metrics, problems)
+                log.metrics(metrics)
         if save:
             checkpoint.save(engine, done, accounting)
 

@@ -112,12 +112,14 @@ class RunLog:
         self._metrics = _reopen(folder / METRICS, lambda entry: entry["step"] <= step)
         self._quarantine = _reopen(folder / QUARANTINE, lambda entry: entry["step"] < step)
 
-    def write(self, metrics: dict[str, Any], problems: list[dict[str, Any]]) -> None:
-        """Writes one line of metrics and the quarantine entries since the last one."""
-        for problem in problems:
-            self._quarantine.write(json.dumps(problem) + "\n")
+    def quarantine(self, problems: list[dict[str, Any]]) -> None:
+        """Writes quarantine entries."""
+        self._quarantine.writelines(json.dumps(problem) + "\n" for problem in problems)
         self._quarantine.flush()
-        self._metrics.write(json.dumps(metrics) + "\n")
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Writes a line of metrics."""
+        self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
@@ -130,6 +132,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a .jsonl file; a last line that was cut short is left out, a missing file is empty."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole entry of a .jsonl file, without reading what is before; None where there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        lines = file.read().split(b"\n")[:-1]  # what follows the last line break is still being written
+    return json.loads(lines[-1]) if lines else None
 
 
 def _reopen(path: Path, keep: Any) -> TextIO:
@@ -146,14 +158,15 @@ def live_line(config: RunConfig, out: TextIO = sys.stdout) -> Iterator[None]:
     done = Event()
 
     def follow() -> None:
-        shown = None
+        first = last_line(config.folder / METRICS)
+        shown = first["step"] if first else None  # of an earlier start of this run
         ended = False
         while not ended:
             ended = done.wait(0.5)  # one more look after the block has ended
-            entries = read_lines(config.folder / METRICS)
-            if entries and entries[-1]["step"] != shown:
-                shown = entries[-1]["step"]
-                print(describe(entries[-1], config), file=out, flush=True, end="\r" if out.isatty() else "\n")
+            entry = last_line(config.folder / METRICS)
+            if entry and entry["step"] != shown:
+                shown = entry["step"]
+                print(describe(entry, config), file=out, flush=True, end="\r" if out.isatty() else "\n")
         if out.isatty() and shown is not None:
             print(file=out, flush=True)
 

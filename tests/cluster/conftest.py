@@ -28,8 +28,9 @@ def corpus(tmp_path_factory) -> Path:
     """Training shards with one sample of each kind that cannot be used, and validation shards."""
     folder = tmp_path_factory.mktemp("corpus")
     bad = [(key, members) for key, members, _ in bad_samples()]
+    bad.append(("caf\udce9", {"json": b"{}"}))  # a name that is not UTF-8, as old systems wrote it
     for number in range(4):
         good = [(f"piece{i:03d}", sample(i)) for i in range(12 * number, 12 * number + 12)]
-        write_shard(folder / f"train-{number:05d}.tar", [*good, *bad[3 * number : 3 * number + 3]])
+        write_shard(folder / f"train-{number:05d}.tar", [*good, *bad[number::4]])
     write_shard(folder / "val-00000.tar", [(f"val{i:03d}", sample(i)) for i in range(100, 130)])
     return folder

@@ -1,6 +1,7 @@
 """Whole runs on a real Ray cluster: order, accounting, death of a worker, what is left behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import ray
 from muser_dist import Muser
 from muser_dist.config import ObjectiveConfig, RunConfig, from_dict, to_dict
 from muser_dist.errors import CheckpointError, ClusterError, DataError, MuserError
+from muser_dist.models.model import MultimodalModel
 from muser_dist.train.launch import pretrain
 from muser_dist.train.metrics import QUARANTINE, TIMES, read_lines
 from tests.cluster.conftest import CPUS
@@ -20,8 +22,8 @@ from tests.shardmaker import bad_samples, tone
 from tests.small import small_config
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20  # of 16 rows over 60: more than five epochs
-GOOD, BAD = 48, len(bad_samples())
+STEPS = 20  # of 16 rows over 63: more than five epochs
+GOOD, BAD = 48, len(bad_samples()) + 1
 
 
 def run_config(corpus: Path, storage: Path, name: str) -> RunConfig:
@@ -66,7 +68,7 @@ def test_every_row_is_counted(straight):
     assert len(rows) == lines[-1]["rows_quarantined"]
     for epoch in range(STEPS * 16 // (GOOD + BAD)):  # whole epochs hold every bad row once, and name its reason
         of_epoch = {entry["key"] for entry in entries if entry["epoch"] == epoch}
-        assert of_epoch == {key for key, _, _ in bad_samples()}
+        assert of_epoch == {key for key, _, _ in bad_samples()} | {"caf\ufffd"}
 
 
 def test_the_loss_goes_down(straight):
@@ -142,6 +144,8 @@ print(muser.encode_spectrogram([tone]).shape)
 def test_the_exported_model_is_the_trained_one(straight, corpus):
     muser = Muser.from_pretrained(straight / "model")
     assert to_dict(muser.config)["data"]["train"] == []
+    initial = MultimodalModel(muser.config).state_dict()
+    assert all((value != initial[name]).any() for name, value in muser.model.named_parameters())
     done = subprocess.run(
         [sys.executable, "jobs/evaluate.py", str(straight), "--val", f"{corpus}/val-*.tar", "--json", "/dev/stdout"],
         capture_output=True,
@@ -153,11 +157,20 @@ def test_the_exported_model_is_the_trained_one(straight, corpus):
     assert f"{scores['retrieval']['text->audio']['MRR']:.3f}" in done.stdout
 
 
+def test_a_run_that_died_between_its_last_checkpoint_and_the_export(straight, corpus, storage):
+    weights = straight / "model" / "model.safetensors"
+    exported = weights.read_bytes()
+    shutil.rmtree(straight / "model")
+    pretrain(run_config(corpus, storage, "straight"), ["test"])
+    assert weights.read_bytes() == exported
+
+
 def test_rows_that_all_fail_stop_the_run_with_the_reason(cluster, corpus, storage):
     config = run_config(corpus, storage, "notext")
     config = replace(config, data=replace(config.data, templates=("{composer}",)))
     with pytest.raises(MuserError, match=r"none of the first 16 rows of data\.train can be used; .*data\.templates"):
         pretrain(config, ["test"])
+    assert len(read_lines(config.folder / QUARANTINE)) >= 16
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_pieces_in_shards_are_those_of_compose(corpus: Path):
 def test_same_seed_same_shards_and_resume_keeps_what_is_there(corpus: Path, tmp_path: Path):
     calls: list[tuple[int, int]] = []
     (tmp_path / "train-00001.tar").write_bytes(kept := (corpus / "train-00001.tar").read_bytes())
-    (tmp_path / ".val-00000.tar.tmp").write_bytes(b"an interrupted run left this")
+    (tmp_path / ".val-00000.tar.part").write_bytes(b"an interrupted run left this")
     before = (tmp_path / "train-00001.tar").stat()
     write(tmp_path, progress=lambda done, total: calls.append((done, total)))
     after = (tmp_path / "train-00001.tar").stat()

@@ -81,6 +81,23 @@ def test_each_bad_sample_keeps_its_place_with_a_flag_off_and_a_reason(tmp_path, 
     assert isinstance(entry["offset"], int)
 
 
+def test_stems_with_dots_find_their_members(tmp_path):
+    good = sample(0)
+    write_shard(tmp_path / "train-00000.tar", [("01. Artist - Song", good)])
+    (chunk,) = evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar"))
+    assert chunk["problems"] == []
+    assert chunk["key"][0] == "01"
+
+
+def test_an_error_that_nobody_thought_of_costs_one_row(tmp_path, monkeypatch):
+    def fails(data, *_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("muser_dist.data.pipeline.audio.decode", fails)
+    (chunk,) = evaluation_chunks(small_config(), index_of(write_shards(tmp_path, [2])))
+    assert [json.loads(p)["reason"] for p in chunk["problems"]] == ["MemoryError: no room"] * 2
+
+
 def test_a_row_without_text_keeps_its_audio(tmp_path):
     write_shard(tmp_path / "train-00000.tar", [("a", {"flac": sample(0)["flac"]}), ("b", sample(1))])
     (chunk,) = evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar"))

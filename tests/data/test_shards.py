@@ -78,6 +78,7 @@ def test_patterns(tmp_path):
         ("FOLDER/train-{00000..0002.tar", "braces .* are not balanced"),
         ("file://FOLDER/nothing-*.tar", "no shard matches"),
         ("file://FOLDER/nothing.tar", "the shard is missing"),
+        ("nosuch://FOLDER/a.tar", "cannot be listed: .*nosuch"),
     ],
 )
 def test_patterns_that_match_nothing_say_so(tmp_path, pattern, message):
@@ -96,6 +97,19 @@ def test_rows_are_counted_in_parallel_with_progress(tmp_path):
     again = ShardIndex.load(tmp_path / "index.json")
     assert again.urls == index.urls
     assert again.rows.tolist() == index.rows.tolist()
+
+
+def test_relative_patterns_become_absolute(tmp_path, monkeypatch):
+    write_shards(tmp_path / "here", [1])
+    monkeypatch.chdir(tmp_path)
+    assert expand(["here/*.tar"], "data.train") == [f"{tmp_path}/here/train-00000.tar"]
+
+
+def test_a_shard_that_may_not_be_read(tmp_path, monkeypatch):
+    urls = expand([write_shards(tmp_path, [1])], "data.train")
+    (tmp_path / "train-00000.tar").unlink()
+    with pytest.raises(DataError, match=r"data\.train: .*train-00000\.tar cannot be read: .*No such file"):
+        index_shards(urls, "data.train")
 
 
 def test_the_sidecar_is_believed(tmp_path):

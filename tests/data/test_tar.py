@@ -45,6 +45,18 @@ def test_a_name_is_split_at_the_first_dot_of_the_file(name, key, extension):
     assert split_name(name) == (key, extension)
 
 
+def test_a_name_that_is_not_utf8_can_be_written_down():
+    (only,) = walk(make([file("caf\udce9.flac")]))
+    assert only.key == "caf\ufffd"
+    only.key.encode()
+
+
+def test_thousands_of_long_name_headers_are_damage_and_no_crash():
+    header = make([file("n" * 200)], format=tarfile.GNU_FORMAT).getvalue()[:1024]  # one long-name header and its data
+    with pytest.raises(DataError):
+        list(walk(io.BytesIO(header * 1500)))
+
+
 def test_long_names_of_both_kinds_are_read():
     name = "d/" * 60 + "n" * 120 + ".flac"
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):

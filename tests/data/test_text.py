@@ -47,7 +47,9 @@ def test_fields_come_from_json_and_txt():
     assert read_fields(None, b" ") == {}
 
 
-@pytest.mark.parametrize("metadata", [b"{", b'"text"', b"[]", b"\xff\xfe", b"[" * 100_000, b""])
+@pytest.mark.parametrize(
+    "metadata", [b"{", b'{"a": ' + b"9" * 5000 + b"}", b'"text"', b"[]", b"\xff\xfe", b"[" * 100_000, b""]
+)
 def test_broken_json_is_an_error(metadata):
     with pytest.raises(DataError, match="JSON"):
         read_fields(metadata, None)
@@ -89,6 +91,10 @@ def test_a_tokenizer_from_a_local_folder(tmp_path):
     assert tokenizer.vocabulary == 4
     assert ids.tolist() == [[2, 3, 0, 0], [3, 0, 0, 0], [1, 2, 2, 2]]
     assert lengths.tolist() == [2, 1, 4]
+
+
+def test_half_a_surrogate_pair_is_replaced():
+    assert read_fields(b'{"a": "x\\ud83d"}', None) == {"a": "x?"}
 
 
 def test_a_tokenizer_that_is_not_there_names_the_setting(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 
 from muser_dist.cli import parse_run
 from muser_dist.config import from_dict, to_dict
+from muser_dist.data.shards import expand
 from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.recipes import load_recipe
-from muser_dist.train.launch import check_paths, prepare_folder, pretrain
+from muser_dist.train.launch import check_paths, load_index, prepare_folder, pretrain
 from tests.shardmaker import write_shards
 from tests.small import small_config
 
@@ -33,6 +34,7 @@ def config_on(tmp_path, rows=(8, 8), **data):
         ({"val": ("FOLDER/none-*.tar",)}, r"data\.val: .*no shard matches"),
         ({"templates": ("nothing",)}, r"data\.templates: 'nothing' names no field"),
         ({"tokenizer": "/not/there"}, r"data\.tokenizer: '/not/there' cannot be loaded"),
+        ({"crop_seconds": 0.01}, r"the towers cannot take a row of 0\.01 s .*--data\.crop-seconds"),
     ],
 )
 def test_wrong_data_settings(tmp_path, data, message):
@@ -53,7 +55,8 @@ def test_a_shard_that_is_no_tar(tmp_path):
 
 def test_fewer_rows_than_a_global_batch(tmp_path):
     with pytest.raises(
-        DataError, match=r"7 rows in 2 shards are fewer than one global batch \(8\).*--train\.global-batch 6"
+        DataError,
+        match=r"7 rows in 2 shards are fewer than one global batch \(8\).*--train\.chunk 2 --train\.global-batch 6",
     ):
         pretrain(config_on(tmp_path, rows=(4, 3)), ["test"])
 
@@ -66,10 +69,22 @@ def test_shards_without_a_sample(tmp_path):
 
 def test_a_run_folder_with_a_broken_config(tmp_path):
     config = config_on(tmp_path)
-    config.folder.mkdir(parents=True)
+    (config.folder / "model").mkdir(parents=True)
+    (config.folder / "model" / "config.json").write_text("{}")  # it was trained
     (config.folder / "config.json").write_text('{"model": ')
     with pytest.raises(CheckpointError, match=r"config\.json is broken .*another --name"):
         pretrain(config, ["test"])
+
+
+def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
+    config = config_on(tmp_path, rows=(4, 3))
+    with pytest.raises(DataError, match="fewer than one global batch"):
+        pretrain(config, ["test"])
+    other = replace(config, train=replace(config.train, lr=0.5))
+    prepare_folder(other, ["test"])  # nothing was trained yet, so another config is no contradiction
+    assert json.loads((config.folder / "config.json").read_text())["train"]["lr"] == 0.5
+    write_shards(tmp_path / "data", [4, 3, 4])
+    assert load_index(other, "train", expand(other.data.train, "data.train")).total == 11
 
 
 def test_a_storage_that_cannot_be_written(tmp_path):

@@ -71,12 +71,13 @@ def line(step: int) -> dict:
 def test_going_on_from_a_checkpoint_drops_later_lines(tmp_path):
     log = RunLog(tmp_path, 0)
     for step in (1, 2, 3):
-        log.write(line(step), [{"step": step - 1, "row": step}])
+        log.quarantine([{"step": step - 1, "row": step}])
+        log.metrics(line(step))
     log.close()
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"step": 4, "los')  # the process died while it wrote
     log = RunLog(tmp_path, 2)
-    log.write(line(3), [])
+    log.metrics(line(3))
     log.close()
     assert [entry["step"] for entry in read_lines(tmp_path / METRICS)] == [1, 2, 3]
     assert [entry["row"] for entry in read_lines(tmp_path / QUARANTINE)] == [1, 2]
@@ -89,7 +90,7 @@ def test_the_live_line_shows_the_end_of_the_run(tmp_path):
     log = RunLog(config.folder, 0)
     with live_line(config, out):
         for step in (1, 2):
-            log.write(line(step), [])
+            log.metrics(line(step))
     shown = out.getvalue().splitlines()
     assert "samples        16/24" in shown[-1]
     assert "loss 2.5000  temperature 0.070  4.0 samples/s" in shown[-1]

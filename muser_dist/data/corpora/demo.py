@@ -22,6 +22,7 @@ import soundfile
 from webdataset import TarWriter
 
 from muser_dist.errors import DataError
+from muser_dist.files import write_whole
 
 FORMATS = ("flac", "ogg", "mp3")
 SAMPLE_RATES = (22_050, 32_000, 44_100, 48_000)
@@ -354,7 +355,7 @@ def write_demo(
             finally:  # after an error, do not make the other shards before saying what went wrong
                 pool.shutdown(cancel_futures=True)
         index = {"format": 1, "rows": {name: len(indices) for name, indices in shards.items()}}
-        _replace(folder / "muser-index.json", json.dumps(index, indent=1).encode())
+        write_whole(folder / "muser-index.json", json.dumps(index, indent=1).encode())
     except OSError as error:
         raise DataError(f"cannot write the demo corpus to {folder}: {error.strerror or error}") from None
 
@@ -369,7 +370,7 @@ def _write_shard(path: Path, indices: range, seed: int, seconds: float) -> int:
             key = f"{path.name.partition('-')[0]}-{index % VAL_FIRST:06d}"
             encoded = _encode(waveform, rate, extension)
             tar.write({"__key__": key, "json": json.dumps(metadata).encode(), extension: encoded})
-    _replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return len(indices)
 
 
@@ -391,10 +392,3 @@ def _holds(path: Path, indices: range, seed: int, seconds: float) -> bool:
     except (tarfile.TarError, ValueError):
         return False
     return len(members) == len(indices) and ends == [describe(seed, i, seconds) for i in (indices[0], indices[-1])]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
