@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights on the CPU; a collective, and empty on ranks other than 0."""
+        """A copy of the whole model's weights on the CPU; a collective, and empty on ranks other than 0."""
         ...
 
 
@@ -72,7 +72,7 @@ class PlainEngine:
         return self._grad_norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
 
 class DeepSpeedEngine:
@@ -132,7 +132,11 @@ class DeepSpeedEngine:
 
         model, rank = self.deepspeed.module, world()[0]
         if self.deepspeed.zero_optimization_stage() < 3:
-            return {name: value.detach().cpu() for name, value in model.state_dict().items()} if rank == 0 else {}
+            return (
+                {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+                if rank == 0
+                else {}
+            )
         weights = {}
         for name, module in model.named_modules():
             own = list(module.parameters(recurse=False))
@@ -141,7 +145,7 @@ class DeepSpeedEngine:
                     prefix = f"{name}." if name else ""
                     keep = {k for k, _ in module.named_parameters(recurse=False)}
                     keep |= {k for k, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-                    weights.update({prefix + k: getattr(module, k).detach().cpu().clone() for k in keep})
+                    weights.update({prefix + k: getattr(module, k).detach().to("cpu", copy=True) for k in keep})
         return weights
 
     def save(self, folder: Path) -> None:
