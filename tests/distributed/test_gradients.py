@@ -116,9 +116,10 @@ class Recording:
 
 def worker(rank: int, world: int, folder: str, precision: str) -> None:
     for stage in range(4):
+        config = config_for(SCENARIOS[0], world, stage, precision)
+        recording = Recording(DeepSpeedEngine(MultimodalModel(config), config, torch.device("cpu")))
         for scenario in SCENARIOS:
             config = config_for(scenario, world, stage, precision)
-            recording = Recording(DeepSpeedEngine(MultimodalModel(config), config, torch.device("cpu")))
             mine = on_device(global_chunks(scenario, config)[rank::world], config)
             loss, _ = train_step(recording, contrastive, config.objective, mine, 1.0)
             value = global_metrics(loss)["loss"]
