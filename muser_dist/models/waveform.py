@@ -12,8 +12,8 @@ class WaveformTower(nn.Module):
     """wav2vec 2.0's architecture (Baevski et al. 2020), sized by its options, from random weights.
 
     Three convolutions (kernels 400, 8, 4; strides 80, 4, 2) make one frame of 640 samples. The
-    first is a filter bank with windows of 400 samples; the published seven short ones cost a CPU
-    several times as much.
+    first is a filter bank with windows of 400 samples; the short kernels of the published stack cost
+    a CPU more (benchmarks/LOG.md).
 
     Args:
         data: gives nothing but the contract of the batch; any sample rate will do.

@@ -105,7 +105,7 @@ def test_relative_patterns_become_absolute(tmp_path, monkeypatch):
     assert expand(["here/*.tar"], "data.train") == [f"{tmp_path}/here/train-00000.tar"]
 
 
-def test_a_shard_that_may_not_be_read(tmp_path, monkeypatch):
+def test_a_shard_that_cannot_be_opened(tmp_path):
     urls = expand([write_shards(tmp_path, [1])], "data.train")
     (tmp_path / "train-00000.tar").unlink()
     with pytest.raises(DataError, match=r"data\.train: .*train-00000\.tar cannot be read: .*No such file"):
