@@ -156,10 +156,10 @@ def _reopen(path: Path, keep: Any) -> TextIO:
 def live_line(config: RunConfig, out: TextIO = sys.stdout) -> Iterator[None]:
     """Prints each new line of metrics.jsonl while the block runs; on a terminal, over the one before."""
     done = Event()
+    before = last_line(config.folder / METRICS)  # of an earlier start of this run; read before the block can write
 
     def follow() -> None:
-        first = last_line(config.folder / METRICS)
-        shown = first["step"] if first else None  # of an earlier start of this run
+        shown = before["step"] if before else None
         ended = False
         while not ended:
             ended = done.wait(0.5)  # one more look after the block has ended
