@@ -22,6 +22,8 @@ class Evaluate:
     """Metadata fields to classify; the recipe's own by default."""
     rows: int = 10_000
     """Most rows to score, from the first on."""
+    storage_options: str = ""
+    """JSON file with arguments of fsspec's file systems, as of data.storage_options in training."""
     device: str = "cpu"
     """Where the towers compute: cpu, cuda, cuda:1, ..."""
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
@@ -31,14 +33,21 @@ class Evaluate:
 def job(arguments: list[str]) -> None:
     options = tyro.cli(Evaluate, args=arguments, prog="jobs/evaluate.py")
     from muser_dist import Muser  # after the options: importing torch takes seconds
-    from muser_dist.data.shards import expand, index_shards
+    from muser_dist.data.shards import index_shards
+    from muser_dist.data.storage import Storage
     from muser_dist.evaluate.evaluator import describe, evaluate
 
     muser = Muser.from_pretrained(options.folder, options.device)
     config = muser.config
     fields = options.fields if options.fields is not None else config.evaluate.fields
-    config = replace(config, evaluate=replace(config.evaluate, fields=fields, rows=options.rows))
-    evaluation = evaluate(muser, config, index_shards(expand(options.val, "val"), "val"))
+    config = replace(
+        config,
+        data=replace(config.data, storage_options=options.storage_options),
+        evaluate=replace(config.evaluate, fields=fields, rows=options.rows),
+    )
+    storage = Storage.of(config.data)
+    index = index_shards(storage, storage.expand(options.val, "val"), "val")
+    evaluation = evaluate(muser, config, index, storage)
     print(describe(evaluation))
     if options.json:
         options.json.write_text(json.dumps({"data": list(options.val)} | evaluation, indent=2))

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from muser_dist.config import RunConfig
+from muser_dist.data.config import SourceConfig, read_sources
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.recipes import RECIPES, load_recipe
 
@@ -26,6 +28,23 @@ def main(job: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+_FILES = ConstructorRegistry()
+
+
+@_FILES.primitive_rule
+def _sources_from_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Lets data.sources be the name of a file: a list of corpora is no matter for a command line."""
+    if info.type != tuple[SourceConfig, ...]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE.json",
+        instance_from_str=lambda files: read_sources(files[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda sources: [" ".join(source.name for source in sources) or "none"],
+    )
 
 
 def parse_run(arguments: list[str], program: str) -> RunConfig:
@@ -53,6 +72,7 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
         default=load_recipe(recipe),
         args=overrides,
         prog=f"{program} {recipe}",
+        registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
         description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped.",
     )

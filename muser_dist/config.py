@@ -8,72 +8,22 @@ and number of workers.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from muser_dist.errors import ConfigError
+from muser_dist.data.config import DataConfig, Strict
+from muser_dist.errors import ConfigError, require
 
 Modality = Literal["audio", "spectrogram", "text"]
 MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "text")
 
 
-class _Strict:
-    """Makes a field that a JSON config has and the dataclass lacks an error."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 @dataclass(frozen=True)
-class DataConfig(_Strict):
-    train: tuple[str, ...] = ()
-    """Training shards: paths or fsspec URLs, with braces ({0000..0099}) and globs (*.tar)."""
-    val: tuple[str, ...] = ()
-    """Validation shards, in the same form; may be empty (then the run ends without scores)."""
-    sample_rate: int = 16_000
-    """Rate in Hz that every clip is resampled to."""
-    crop_seconds: float = 5.0
-    """Seconds of each clip that the audio towers see: a random crop in training, the middle
-    in evaluation; shorter clips are padded with silence."""
-    templates: tuple[str, ...] = ("{caption}",)
-    """Sentences over the metadata fields, one chosen per row and pass. A clause (between
-    commas) that needs a missing field is left out."""
-    tokenizer: str = "words"
-    """"words" (hashed words, needs no files) or a Hugging Face tokenizer: local path or name."""
-    vocabulary: int = 16_384
-    """Number of hash buckets of the "words" tokenizer; ignored for Hugging Face tokenizers."""
-    max_tokens: int = 48
-    """Tokens kept of each sentence."""
-    window_shards: int = 8
-    """Rows are shuffled inside windows of this many shards, whose order is shuffled too."""
-    decode_slots: int = 2
-    """Logical CPUs for reading and decoding: declared beside the workers' when the job starts
-    Ray itself; a cluster that is already running must have at least one left."""
-
-    @property
-    def crop_samples(self) -> int:
-        """Samples in a crop."""
-        return round(self.sample_rate * self.crop_seconds)
-
-    def __post_init__(self) -> None:
-        _require(self.sample_rate >= 1_000, f"data.sample_rate is {self.sample_rate} Hz; give at least 1000")
-        _require(self.crop_seconds > 0, f"data.crop_seconds is {self.crop_seconds}; give a positive length")
-        _require(len(self.templates) > 0, 'data.templates is empty; give at least one, such as "{caption}"')
-        _require(self.window_shards >= 1, "data.window_shards must be at least 1")
-        _require(self.decode_slots >= 1, "data.decode_slots must be at least 1, or nothing can be decoded")
-        _require(self.max_tokens >= 2, "data.max_tokens must be at least 2")
-        _require(self.vocabulary >= 16, "data.vocabulary must be at least 16")
-
-
-@dataclass(frozen=True)
-class TowerConfig(_Strict):
+class TowerConfig(Strict):
     build: str
     """Built-in tower ("waveform", "spectrogram", "text") or your own as "package.module:Class"."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +33,7 @@ class TowerConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     audio: TowerConfig | None = None
     """Tower that hears the waveform; None leaves the modality out."""
     spectrogram: TowerConfig | None = None
@@ -100,12 +50,12 @@ class ModelConfig(_Strict):
         return {name: tower for name in MODALITIES if (tower := getattr(self, name)) is not None}
 
     def __post_init__(self) -> None:
-        _require(len(self.towers()) >= 2, "model has fewer than two towers; contrasting needs two modalities")
-        _require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
+        require(len(self.towers()) >= 2, "model has fewer than two towers; contrasting needs two modalities")
+        require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
 
 
 @dataclass(frozen=True)
-class PairConfig(_Strict):
+class PairConfig(Strict):
     first: Modality
     """One modality of the pair."""
     second: Modality
@@ -115,7 +65,7 @@ class PairConfig(_Strict):
 
 
 @dataclass(frozen=True)
-class TemperatureConfig(_Strict):
+class TemperatureConfig(Strict):
     init: float = 0.07
     """Temperature at the start; similarities are divided by it."""
     learnable: bool = True
@@ -126,14 +76,14 @@ class TemperatureConfig(_Strict):
     """One temperature for all pairs instead of one for each."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.minimum <= self.init,
             f"objective.temperature: need 0 < minimum <= init, not minimum {self.minimum} and init {self.init}",
         )
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig(_Strict):
+class ObjectiveConfig(Strict):
     name: str = "contrastive"
     """"contrastive" (symmetric InfoNCE) or your own objective as "package.module:function"."""
     pairs: tuple[PairConfig, ...] = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
@@ -144,14 +94,14 @@ class ObjectiveConfig(_Strict):
     """Temperature of the softmax."""
 
     def __post_init__(self) -> None:
-        _require(len(self.pairs) > 0, "objective.pairs is empty; name at least one pair of modalities")
+        require(len(self.pairs) > 0, "objective.pairs is empty; name at least one pair of modalities")
         for pair in self.pairs:
-            _require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
-            _require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
+            require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
+            require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     workers: int = 2
     """Ray Train workers (W). The learning curve does not depend on it."""
     gpu: bool = False
@@ -203,25 +153,25 @@ class TrainConfig(_Strict):
         return -(-self.chunks_per_step // self.workers)
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 1, "train.workers must be at least 1")
-        _require(self.chunk >= 1, "train.chunk must be at least 1")
-        _require(
+        require(self.workers >= 1, "train.workers must be at least 1")
+        require(self.chunk >= 1, "train.chunk must be at least 1")
+        require(
             self.global_batch >= 2 and self.global_batch % self.chunk == 0,
             f"train.global_batch ({self.global_batch}) must be a multiple of train.chunk ({self.chunk}); "
             f"nearest: {max(1, round(self.global_batch / self.chunk)) * self.chunk}",
         )
-        _require(
+        require(
             self.samples >= self.global_batch,
             f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
         )
         for name in ("lr", "cpus_per_worker", "checkpoint_samples", "log_steps", "keep_checkpoints"):
-            _require(getattr(self, name) > 0, f"train.{name} must be positive")
+            require(getattr(self, name) > 0, f"train.{name} must be positive")
         for name in ("weight_decay", "clip_norm", "warmup_samples", "max_failures"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(_Strict):
+class EvaluateConfig(Strict):
     fields: tuple[str, ...] = ()
     """Metadata fields for zero-shot classification through the templates; those that the
     data or the templates lack are named and left out."""
@@ -229,11 +179,11 @@ class EvaluateConfig(_Strict):
     """Most validation rows to score, from the first on."""
 
     def __post_init__(self) -> None:
-        _require(self.rows >= 1, "evaluate.rows must be at least 1")
+        require(self.rows >= 1, "evaluate.rows must be at least 1")
 
 
 @dataclass(frozen=True)
-class RunConfig(_Strict):
+class RunConfig(Strict):
     model: ModelConfig
     """Towers and heads."""
     name: str = ""
@@ -243,7 +193,7 @@ class RunConfig(_Strict):
     """Folder that holds the runs' folders; every node must see it under this path."""
     seed: int = 0
     """Decides initial weights, order, crops, templates and dropout."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = field(default_factory=DataConfig)
     """Shards and what becomes of a clip."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the towers are trained for."""
@@ -256,18 +206,18 @@ class RunConfig(_Strict):
         towers = self.model.towers()
         for pair in self.objective.pairs:
             for name in (pair.first, pair.second):
-                _require(
+                require(
                     name in towers,
                     f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
-        _require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
+        require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":
-        """This config with its default name filled in: `recipe` and a hash of all settings but the storage."""
+        """This config with its default name filled in: `recipe` and a hash of the settings that decide the result."""
         if self.name:
             return self
-        settings = to_dict(self) | {"storage": ""}
+        settings = {name: value for name, value in _leaves(to_dict(self)) if name not in OPERATIONAL}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return replace(self, name=f"{recipe.replace(':', '.')}-{digest[:8]}")
 
@@ -276,6 +226,23 @@ class RunConfig(_Strict):
         """The run's folder."""
         return Path(self.storage) / self.name
 
+
+OPERATIONAL = frozenset(
+    {
+        "storage",
+        "data.storage_options",
+        "data.read_timeout",
+        "data.cache_folder",
+        "data.cache_gib",
+        "data.decode_slots",
+        "data.buffer_mib",
+        "data.max_bad_share",
+        "train.cpus_per_worker",
+        "train.keep_checkpoints",
+        "train.max_failures",
+    }
+)
+"""Settings that do not change what a run computes: they may differ when it goes on."""
 
 _ADAPTER = TypeAdapter(RunConfig)
 
@@ -303,12 +270,20 @@ def from_dict(values: Any, source: str) -> RunConfig:
         raise ConfigError(f"{source}: {where}: {first['msg']}") from None
 
 
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, value
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two configs differ, with both values."""
+    """Dotted names of the fields that decide the result and differ between two configs, with both values."""
     if is_dataclass(old) and type(old) is type(new):
         return [
             line
             for f in fields(old)
             for line in differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}" if path else f.name)
         ]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+    return [] if old == new or path in OPERATIONAL else [f"{path}: {old!r} there, {new!r} here"]

@@ -22,3 +22,9 @@ class ClusterError(MuserError):
 
 class CheckpointError(MuserError):
     """A checkpoint, an exported model or a run's folder cannot be used as given."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -19,7 +19,7 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 
-FORMAT = 1
+FORMAT = 2
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
 Clip = str | Path | bytes | np.ndarray
@@ -32,7 +32,7 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     Where the data and the run lay is left out of the config: addresses may say more than they should.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = replace(config.data, train=(), val=())
+    data = replace(config.data, train=(), val=(), sources=(), storage_options="", cache_folder="")
     content = {"format": FORMAT, "config": to_dict(replace(config, storage="", data=data))}
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -131,7 +131,7 @@ class Muser:
         return self._encode("text", sentences, tensors)
 
     def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
-        """Embeds chunks of muser_dist/data/pipeline.py: (rows of all chunks, dim) float32 of unit length."""
+        """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
         names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
         parts = [self._forward(modality, {name: chunk[name] for name in names}) for chunk in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
@@ -147,14 +147,14 @@ class Muser:
         return self._encode(modality, clips, tensors)
 
     def _hear(self, clip: Clip, sample_rate: int | None) -> tuple[np.ndarray, int]:
-        rate, samples = self.config.data.sample_rate, self.config.data.crop_samples
+        data = self.config.data
         try:
             if isinstance(clip, np.ndarray):
-                own_rate = sample_rate or rate
-                wanted = round(self.config.data.crop_seconds * own_rate)
+                rate = sample_rate or data.sample_rate
+                wanted = round(data.crop_seconds * rate)
                 start = max(0, len(clip) - wanted) // 2
-                return to_int16(clip[start : start + wanted].astype(np.float32), own_rate, rate, samples)
-            return decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), rate, samples, position=0.5)
+                return to_int16(clip[start : start + wanted].astype(np.float32), rate, data)
+            return decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), data, position=0.5)
         except FileNotFoundError:
             raise DataError(f"{clip!s}: there is no such file") from None
         except DataError as error:

@@ -1,4 +1,4 @@
-"""A run config small enough for tests: three towers of a few thousand parameters."""
+"""A run config small enough for tests, with three towers of a few thousand parameters, and its readers."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,13 @@ from muser_dist.config import (
     TowerConfig,
     TrainConfig,
 )
+from muser_dist.data.chunks import ChunkReader
+from muser_dist.data.pipeline import training_reader
+from muser_dist.data.shards import ShardIndex, index_shards
+from muser_dist.data.storage import Storage
+
+LOCAL = Storage.of(DataConfig())
+"""Storage as a config without any setting describes it."""
 
 
 def small_config(train: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
@@ -53,3 +60,14 @@ def small_config(train: dict[str, Any] | None = None, data: dict[str, Any] | Non
         data=replace(config.data, **(data or {})),
         **fields,
     )
+
+
+def index_of(pattern: str, storage: Storage = LOCAL) -> ShardIndex:
+    """The shards that a pattern names, counted."""
+    return index_shards(storage, storage.expand([pattern], "data.train"), "data.train")
+
+
+def reader_of(config: RunConfig, pattern: str, storage: Storage = LOCAL) -> ChunkReader:
+    """The training reader of a config whose only source are these shards."""
+    config = replace(config, data=replace(config.data, train=(pattern,)))
+    return training_reader(config, [index_of(pattern, storage)], storage)

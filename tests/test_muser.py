@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from muser_dist import Muser
-from muser_dist.data.shards import expand, index_shards
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.evaluate.evaluator import describe, evaluate, prompts_for, same_spelling
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import INSTRUMENTS, encode, tone, write_shards
-from tests.small import small_config
+from tests.small import LOCAL, index_of, small_config
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +94,8 @@ def test_folders_that_hold_no_model_say_so(folder, tmp_path):
     content = json.loads((folder / "config.json").read_text())
     for change, message in (
         ("{", "cannot be loaded"),
-        ("[]", "not an exported model of format 1"),
-        (json.dumps({**content, "format": 9}), "not an exported model of format 1"),
+        ("[]", "not an exported model of format 2"),
+        (json.dumps({**content, "format": 9}), "not an exported model of format 2"),
         (json.dumps({**content, "config": {"model": 3}}), r"config\.json: model"),
         (json.dumps(content), "cannot be loaded"),  # the weights are cut short
     ):
@@ -133,8 +132,8 @@ def test_prompts_are_what_templates_say_of_one_field_alone():
 
 
 def test_evaluation_never_trains(muser, tmp_path):
-    index = index_shards(expand([write_shards(tmp_path, [10, 5])], "val"), "val")
-    first, second = (evaluate(muser, small_config(), index) for _ in range(2))
+    index = index_of(write_shards(tmp_path, [10, 5]))
+    first, second = (evaluate(muser, small_config(), index, LOCAL) for _ in range(2))
     assert first == second
     assert first["rows"] == 15
     assert first["rows_without"] == {"audio": 0, "spectrogram": 0, "text": 0}
@@ -144,7 +143,7 @@ def test_evaluation_never_trains(muser, tmp_path):
 
 
 def test_evaluation_of_rows_that_cannot_be_used(muser, tmp_path):
-    index = index_shards(expand([write_shards(tmp_path, [3])], "val"), "val")
+    index = index_of(write_shards(tmp_path, [3]))
     config = small_config(data={"templates": ("{composer}",)})
     with pytest.raises(DataError, match=r"none of 3 rows can be used; the first says: no text"):
-        evaluate(muser, config, index)
+        evaluate(muser, config, index, LOCAL)

@@ -7,66 +7,81 @@ import numpy as np
 import soundfile
 import soxr
 
+from muser_dist.data.augment import augment
+from muser_dist.data.config import DataConfig
 from muser_dist.errors import DataError
 
 EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "mp4", "aif", "aiff")
 """Extensions of members that are taken for audio."""
 
-# An mp3 frame leans on the ones before it, and after a seek libmpg123 prints an error about each
-# that lacks them (the samples are right all the same). Near the head, decoding is as cheap as seeking.
-_MP3_SEEK_SECONDS = 30
+MAX_SECONDS = 4 * 3600
+"""Longest clip that is decoded from its head, where the format cannot seek."""
+
+_MAX_CHANNELS = 32
+
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,ogg,flac,wav,w64,mp3,aiff,au,caf,asf,ape,wv,tta,mpc,mpc8,ac3,eac3,amr"
+)
+
+# Seconds decoded before a crop after a seek: codecs lean on the frames before.
+_RUN_UP = 0.25
 
 
-def decode(data: bytes, sample_rate: int, samples: int, position: float) -> tuple[np.ndarray, int]:
+def decode(data: bytes, config: DataConfig, position: float, seed: int | None = None) -> tuple[np.ndarray, int]:
     """Decodes one crop of a clip.
 
     Args:
         data: the encoded file (flac, wav, ogg, opus, mp3 through libsndfile; others through FFmpeg).
-        sample_rate: rate in Hz of the result.
-        samples: length of the result.
+        config: rate and length of the result, padding and augmentation.
         position: where the crop lies, in [0, 1]: 0 is the clip's head, 1 its tail. Ignored when
             the clip is shorter than the crop.
+        seed: of the augmentation; None for none.
 
     Returns:
-        waveform (samples,) int16, padded with zeros at the end, and the number of samples before
-        the padding.
+        waveform (samples,) int16, and the number of samples before the padding with zeros.
 
     Raises:
         DataError: the clip cannot be decoded, is empty, silent or not finite.
     """
-    waveform, rate = _read_crop(data, samples / sample_rate, position)
-    return to_int16(waveform, rate, sample_rate, samples)
+    waveform, rate = _read_crop(data, config.crop_seconds, position)
+    return to_int16(waveform, rate, config, seed)
 
 
-def to_int16(waveform: np.ndarray, rate: int, sample_rate: int, samples: int) -> tuple[np.ndarray, int]:
-    """Mixes down, resamples and pads a waveform that is already decoded.
+def to_int16(waveform: np.ndarray, rate: int, config: DataConfig, seed: int | None = None) -> tuple[np.ndarray, int]:
+    """Mixes down, resamples, augments and pads a waveform that is already decoded.
 
     Args:
         waveform: (frames,) or (frames, channels) float in [-1, 1].
         rate: its rate in Hz.
-        sample_rate: rate in Hz of the result.
-        samples: length of the result; what is longer is cut.
+        config: rate and length of the result, padding and augmentation; what is longer is cut.
+        seed: of the augmentation; None for none.
 
     Returns:
-        waveform (samples,) int16 and the number of samples before the padding.
+        waveform (samples,) int16 and the number of samples before the padding with zeros.
 
     Raises:
         DataError: the waveform is empty, silent or not finite.
     """
+    samples = config.crop_samples
     if waveform.shape[0] == 0:
         raise DataError("empty: no samples")
-    if not np.isfinite(waveform).all():
+    # The mean of two channels as one product: numpy's mean over a short axis is slow.
+    channels = waveform.shape[1] if waveform.ndim == 2 else 1
+    mono = waveform @ np.full(channels, 1 / channels, waveform.dtype) if waveform.ndim == 2 else waveform
+    if not np.isfinite(mono).all():
         raise DataError("has samples that are NaN or infinite")
-    mono = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
-    if rate != sample_rate:
-        mono = soxr.resample(mono, rate, sample_rate, quality="HQ")
+    if rate != config.sample_rate:
+        mono = soxr.resample(mono, rate, config.sample_rate, quality="HQ")
     mono = mono[:samples]
-    quantised = np.round(np.clip(mono, -1.0, 1.0) * 32767.0).astype(np.int16)
-    if not quantised.any():
+    if config.pad == "repeat" and len(mono):
+        mono = np.resize(mono, samples)
+    if np.abs(mono).max(initial=0.0) * 32767.0 <= 0.5:
         raise DataError("silent: every sample of the crop is zero")
+    if seed is not None and config.augment.any:
+        mono = augment(mono, config.sample_rate, config.augment, np.random.default_rng(seed))
     result = np.zeros(samples, np.int16)
-    result[: len(quantised)] = quantised
-    return result, len(quantised)
+    result[: len(mono)] = np.rint(np.clip(mono, -1.0, 1.0) * 32767.0)
+    return result, len(mono)
 
 
 def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
@@ -75,29 +90,54 @@ def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray
         raise DataError("empty: the member has no bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check(file.samplerate, file.channels)
             wanted = round(seconds * file.samplerate)
-            start = round(position * max(0, file.frames - wanted))
-            skipped = start if file.format == "MP3" and start < _MP3_SEEK_SECONDS * file.samplerate else 0
-            file.seek(start - skipped)
-            return file.read(skipped + wanted, dtype="float32", always_2d=True)[skipped:], file.samplerate
+            file.seek(round(position * max(0, file.frames - wanted)))
+            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
     except soundfile.LibsndfileError as error:
         reason = error.error_string
     try:
-        waveform, rate = _decode_with_ffmpeg(data)
+        return _decode_with_ffmpeg(data, seconds, position)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise DataError(f"cannot be decoded ({reason} {getattr(error, 'strerror', error)}.)") from None
-    wanted = round(seconds * rate)
-    start = round(position * max(0, len(waveform) - wanted))
-    return waveform[start : start + wanted], rate
 
 
-def _decode_with_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
-    """The whole clip as (frames, 1) float32 and its rate, through PyAV."""
-    with av.open(io.BytesIO(data), mode="r") as container:
+def _check(rate: int, channels: int) -> None:
+    """Refuses headers that lie: what they promise is allocated before it is read."""
+    if not 1_000 <= rate <= 768_000 or not 1 <= channels <= _MAX_CHANNELS:
+        raise DataError(f"claims {rate:,} Hz and {channels:,} channels")
+
+
+def _decode_with_ffmpeg(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
+    """The crop as (frames,) float32 and its rate, through PyAV."""
+    # Only containers of sound: a playlist would make FFmpeg open what it names.
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+    with av.open(io.BytesIO(data), mode="r", container_options=options) as container:
         stream = container.streams.audio[0]
         rate = stream.rate
+        _check(rate, stream.channels)
+        wanted = round(seconds * rate)
+        length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        begin = position * max(0.0, length - seconds)  # in seconds; where the length is unknown, see below
+        if begin > _RUN_UP:
+            container.seek(int((begin - _RUN_UP) * av.time_base))
         mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
-        blocks = [out.to_ndarray() for frame in container.decode(stream) for out in mono.resample(frame)]
-    if not blocks:
-        return np.zeros((0, 1), np.float32), rate
-    return np.concatenate(blocks, axis=1).T.astype(np.float32), rate
+        blocks: list[np.ndarray] = []
+        frames, first = 0, None
+        for frame in container.decode(stream):
+            if first is None:
+                first = frame.time or 0.0
+            for out in mono.resample(frame):
+                blocks.append(out.to_ndarray()[0])
+                frames += len(blocks[-1])
+            if length and frames >= wanted + round((begin - first) * rate):
+                break
+            if frames > MAX_SECONDS * rate:
+                raise DataError(f"is longer than {MAX_SECONDS / 3600:g} hours, and its format cannot seek")
+    waveform = np.concatenate(blocks or [np.zeros(0, np.float32)])
+    if length:
+        start = round(max(0.0, begin - (first or 0.0)) * rate)
+        start = max(0, min(start, len(waveform) - wanted))  # the length in the header may be wrong
+    else:
+        start = round(position * max(0, len(waveform) - wanted))
+    return waveform[start : start + wanted], rate

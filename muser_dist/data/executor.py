@@ -48,6 +48,11 @@ def set_context() -> None:
     )
 
 
-def execution_options() -> ray.data.ExecutionOptions:
-    """Options for splitting: with `preserve_order`, block i goes to split i mod W."""
-    return ray.data.ExecutionOptions(preserve_order=True)
+def execution_options(buffer_mib: int) -> ray.data.ExecutionOptions:
+    """Options for splitting: with `preserve_order`, block i goes to split i mod W.
+
+    Args:
+        buffer_mib: MiB of the object store that blocks may fill while they wait to be consumed.
+    """
+    limits = ray.data.ExecutionResources(object_store_memory=buffer_mib << 20)
+    return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)

@@ -9,12 +9,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from muser_dist.errors import DataError
 
 # A member larger than this is not read into memory: an hour of 48 kHz stereo wav is 0.7 GB.
 MAX_MEMBER_BYTES = 1 << 30
+
+# Nor a header: long names and attributes come in headers that say how long they are.
+_MAX_HEADER_BYTES = 1 << 20
 
 # What the header parser raises on malformed headers; thousands of long-name headers make it recurse.
 _MALFORMED = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError)
@@ -61,6 +64,19 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+class _Headers:
+    """The shard as the header parser sees it: it reads no more at a time than a header may be long."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
 def walk(file: BinaryIO) -> Iterator[Sample]:
     """Yields the samples of a shard in order, from its headers alone.
 
@@ -71,8 +87,9 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
         DataError: the file is no tar, or it breaks off or is damaged after the samples that
             were yielded; the message says at which byte.
     """
+    headers: Any = _Headers(file)
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is the caller's to close)
+        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 (the file is the caller's to close)
     except (OSError, *_MALFORMED) as error:
         raise DataError(f"is no tar archive ({error})") from None
     sample: Sample | None = None
@@ -85,6 +102,9 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
             damage = f"is damaged or cut short near byte {tar.offset} ({error})"
             break
         if info is None:
+            break
+        if info.size < 0:  # it would lead back to an earlier header, for ever
+            damage = f"is damaged at byte {info.offset}: a member of {info.size} bytes"
             break
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if info.isdir():

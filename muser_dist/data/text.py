@@ -11,76 +11,167 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from muser_dist.data.config import DataConfig
 from muser_dist.errors import ConfigError, DataError
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\{(\w+)(:one)?\}")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
+Value = str | list[str]
+"""Of a metadata field: a sentence, or a list (of tags, or of captions)."""
 
-def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, str]:
+
+class TextPolicy:
+    """How the fields of a row become its sentence, in one pass over the data.
+
+    Args:
+        config: dropout and languages.
+        templates: sentences over the fields.
+    """
+
+    def __init__(self, config: DataConfig, templates: tuple[str, ...]) -> None:
+        self.config = config
+        self.templates = templates
+
+    def say(self, values: Mapping[str, Any], rng: np.random.Generator | None) -> tuple[str, dict[str, str]]:
+        """A sentence and the facts that it states, out of the fields that `read_fields` gives.
+
+        Args:
+            values: the fields.
+            rng: draws the template, languages, entries and what is dropped; None takes the
+                first of each and drops nothing.
+
+        Raises:
+            DataError: no template has anything to say.
+        """
+        chosen = int(rng.integers(len(self.templates))) if rng else 0
+        fields = {name: resolved for name in sorted(values) if (resolved := self._resolve(values[name], rng))}
+        if rng and self.config.field_dropout:
+            kept = rng.random(len(fields)) >= self.config.field_dropout
+            some = {name: fields[name] for name, keep in zip(fields, kept, strict=True) if keep}
+        else:
+            some = fields
+        # Where dropout leaves nothing to say, nothing is dropped.
+        for left in (some, fields):
+            for template in (self.templates[chosen], *self.templates):
+                sentence, facts = render(template, left, rng)
+                if facts:
+                    return sentence, facts
+        raise DataError("no text: it has none of the fields that the templates name")
+
+    def _resolve(self, value: Any, rng: np.random.Generator | None) -> Value:
+        """A field's value in one of its languages, without its dropped lines."""
+        if isinstance(value, dict):
+            languages = [name for name in self.config.languages or sorted(value) if name in value]
+            if not languages:
+                return ""
+            value = value[languages[int(rng.integers(len(languages))) if rng else 0]]
+        if isinstance(value, list):
+            return [sentence for entry in value if (sentence := _one_line(str(entry)))]
+        lines = [line for line in str(value).splitlines() if line.strip()]
+        if rng and self.config.line_dropout and len(lines) > 1:
+            kept = rng.random(len(lines)) >= self.config.line_dropout
+            lines = [line for line, keep in zip(lines, kept, strict=True) if keep] or lines
+        return _one_line(" ".join(lines))
+
+
+def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, Any]:
     """The fields of a sample that templates may use.
 
     Args:
-        metadata: its .json member: one object; lists are joined by ", ", nulls and empty values
-            count as missing, nested objects are left out.
+        metadata: its .json member: one object. A value is text or a number, a list of those, or
+            an object {language: such a value}; what is null, empty or something else is missing.
         text: its .txt member, which becomes the field "text".
 
     Raises:
         DataError: the JSON is broken or no object, or a member is not UTF-8.
     """
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     try:
         if metadata is not None:
             values = json.loads(metadata)
             if not isinstance(values, dict):
                 raise DataError("the JSON is no object")
             for name, value in values.items():
-                if (sentence := _value(value)) != "":
-                    fields[name] = sentence
-        if text is not None and (sentence := _value(text.decode())) != "":
-            fields["text"] = sentence
+                if isinstance(value, dict):
+                    value = {str(key): plain for key, inner in value.items() if (plain := _plain(inner))}
+                else:
+                    value = _plain(value)
+                if value:
+                    fields[name] = value
+        if text is not None and (plain := _plain(text.decode())):
+            fields["text"] = plain
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise DataError(f"broken JSON or text: {error}") from None
     return fields
 
 
-def _value(value: Any) -> str:
+def _plain(value: Any) -> Value:
     if isinstance(value, list):
-        return ", ".join(filter(None, map(_value, value)))
+        return [plain for entry in value if isinstance(plain := _plain(entry), str) and plain]
     if value is None or isinstance(value, dict):
         return ""
     # JSON may hold half a surrogate pair, which no file and no tokenizer takes.
-    return " ".join(str(value).encode(errors="replace").decode().split())
+    plain = str(value).encode(errors="replace").decode()
+    return plain if plain.strip() else ""
 
 
-def check_templates(templates: tuple[str, ...]) -> None:
+def _one_line(value: str) -> str:
+    return " ".join(value.split())
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """The fields as one line each: lists joined, without those that differ by language."""
+    lines = {
+        name: ", ".join(map(_one_line, value)) if isinstance(value, list) else _one_line(value)
+        for name, value in values.items()
+        if not isinstance(value, dict)
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+def check_templates(templates: tuple[str, ...], setting: str = "data.templates") -> None:
     """Raises ConfigError when a template has no {field}, or braces that are no {field}."""
     for template in templates:
         if not _FIELD.search(template):
-            raise ConfigError(f"data.templates: {template!r} names no field; write one as {{name}}")
+            raise ConfigError(f"{setting}: {template!r} names no field; write one as {{name}}")
         if re.search(r"[{}]", _FIELD.sub("", template)):
-            raise ConfigError(f"data.templates: {template!r} has a brace that is no {{field}}")
+            raise ConfigError(f"{setting}: {template!r} has a brace that is no {{field}} and no {{field:one}}")
 
 
-def render(template: str, fields: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def render(
+    template: str, fields: Mapping[str, Value], rng: np.random.Generator | None = None
+) -> tuple[str, dict[str, str]]:
     """A sentence over the fields that are there.
 
     A clause, that is what stands between commas of the template, is left out when it needs a
-    field that is missing.
+    field that is missing. A list is joined by commas; {name:one} draws one of its entries.
 
-    >>> render("A song of {genre}, by {artist}", {"genre": "folk"})
-    ('A song of folk', {'genre': 'folk'})
+    >>> render("A song of {genre}, by {artist}", {"genre": ["folk", "ska"]})
+    ('A song of folk, ska', {'genre': 'folk, ska'})
+
+    Args:
+        template: the sentence.
+        fields: not empty each.
+        rng: draws for {name:one}; None takes the first entry.
 
     Returns:
         the sentence and the facts that it states; both empty when nothing can be said.
     """
     clauses, facts = [], {}
     for clause in template.split(","):
-        names = _FIELD.findall(clause)
-        if all(name in fields for name in names):
-            clauses.append(_FIELD.sub(lambda match: fields[match[1]], clause).strip())
-            facts.update({name: fields[name] for name in names})
+        needed = _FIELD.findall(clause)
+        if all(name in fields for name, _ in needed):
+            stated = {name: _state(fields[name], bool(one), rng) for name, one in needed}
+            clauses.append(_FIELD.sub(lambda match, stated=stated: stated[match[1]], clause).strip())  # type: ignore[misc]
+            facts.update(stated)
     return (", ".join(clauses), facts) if facts else ("", {})
+
+
+def _state(value: Value, one: bool, rng: np.random.Generator | None) -> str:
+    if isinstance(value, str):
+        return value
+    return value[int(rng.integers(len(value))) if rng else 0] if one else ", ".join(value)
 
 
 def text_id(facts: Mapping[str, str]) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex
+from muser_dist.data.storage import Storage
 from muser_dist.data.text import normal_form, render
 from muser_dist.errors import DataError
 from muser_dist.evaluate.retrieval import text_audio_retrieval, unit_rows
@@ -16,7 +17,7 @@ from muser_dist.evaluate.zero_shot import zero_shot
 from muser_dist.muser import Muser
 
 
-def evaluate(muser: Muser, config: RunConfig, index: ShardIndex) -> dict[str, Any]:
+def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storage) -> dict[str, Any]:
     """Scores every modality against text.
 
     Queries of text→x are the different texts, and right are all clips whose text states the
@@ -27,6 +28,7 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex) -> dict[str, An
         muser: the model.
         config: the run's config; its `data` must suit the model, `evaluate` says what to score.
         index: the shards.
+        storage: where they are read from.
 
     Returns:
         what evaluation.json holds: "rows", "rows_without" (by modality, rows that could not be
@@ -41,7 +43,7 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex) -> dict[str, An
     embeddings: dict[str, list[np.ndarray]] = {name: [] for name in muser.modalities}
     valid: dict[str, list[np.ndarray]] = {name: [] for name in muser.modalities}
     reasons: list[str] = []
-    for chunk in evaluation_chunks(config, index):
+    for chunk in evaluation_chunks(config, index, storage):
         for name in muser.modalities:
             embeddings[name].append(muser.encode_chunks(name, [chunk]))
             valid[name].append(chunk[f"valid_{name}"])

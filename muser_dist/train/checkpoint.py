@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # Ray Train's controller imports this file, and need not wait
     from muser_dist.train.engine import DeepSpeedEngine
     from muser_dist.train.metrics import Accounting
 
-FORMAT = 1
+FORMAT = 2
 _STATE = "muser.json"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 

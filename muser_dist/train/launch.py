@@ -1,17 +1,12 @@
-"""From a config to a trained, scored model: checks, the run's folder, Ray, the trainer, the page."""
+"""From a config to a trained, scored model: preflight, Ray, the trainer, scores, the page."""
 
-import contextlib
 import json
 import logging
 import os
-import platform
 import signal
-import subprocess
 import threading
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +15,32 @@ import ray.data
 import ray.exceptions
 import ray.train
 import ray.train.torch
-import torch
 
-from muser_dist.config import RunConfig, differences, from_dict, to_dict
+from muser_dist.config import RunConfig, to_dict
+from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.executor import execution_options
-from muser_dist.data.pipeline import ray_dataset, training_reader
-from muser_dist.data.shards import ShardIndex, expand, index_shards
-from muser_dist.data.text import check_templates, load_tokenizer
-from muser_dist.errors import CheckpointError, ClusterError, ConfigError, DataError, MuserError
+from muser_dist.data.pipeline import known_ids, ray_dataset, training_reader
+from muser_dist.data.shards import ShardIndex
+from muser_dist.data.storage import Storage
+from muser_dist.errors import ClusterError, DataError, MuserError
 from muser_dist.evaluate.evaluator import describe, evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.files import write_whole
-from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser
-from muser_dist.objectives.contrastive import load_objective
 from muser_dist.train.checkpoint import committed_step
 from muser_dist.train.loop import MODEL, STOPPED, train_worker
 from muser_dist.train.metrics import live_line
+from muser_dist.train.preflight import (
+    VAL,
+    check_rows,
+    check_settings,
+    describe_plan,
+    find_shards,
+    load_index,
+    prepare_folder,
+)
 
 EVALUATION = "evaluation.json"
-
-# Models of at most this size are tried on one row before anything starts; the machine that a job
-# starts from may have little memory.
-_TRIED_PARAMETERS = 300_000_000
 
 
 def pretrain(config: RunConfig, command: list[str]) -> Path:
@@ -58,187 +56,25 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     Raises:
         MuserError: something is wrong that the user can mend; the message says what and how.
     """
-    check_paths(config)
-    check_templates(config.data.templates)
-    load_objective(config.objective)
-    parameters = check_model(config)
-    if not config.data.train:
-        raise ConfigError(
-            "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
-        )
-    if config.data.val and "text" not in config.model.towers():
-        raise ConfigError("data.val: scoring compares with text, and the model has no text tower; leave data.val empty")
-    train_urls = expand(config.data.train, "data.train")
-    val_urls = expand(config.data.val, "data.val")
+    parameters = check_settings(config)
+    storage = Storage.of(config.data)
+    shards = find_shards(config, storage)
     config = replace(config, storage=str(Path(config.storage).resolve()))
     prepare_folder(config, command)
 
-    train_index = load_index(config, "train", train_urls)
-    val_index = load_index(config, "val", val_urls) if val_urls else None
-    check_rows(config, train_index)
-    print(f"Run {config.folder}: {describe_plan(config, train_index, parameters)}", flush=True)
+    indices = [load_index(config, source, storage, shards[source.name]) for source in config.data.training_sources()]
+    val_index = load_index(config, VAL, storage, shards[VAL.name]) if config.data.val else None
+    known = known_ids(val_index, storage, config.evaluate.rows) if val_index else None
+    reader = training_reader(config, indices, storage, known)
+    check_rows(config, indices)
+    print(f"Run {config.folder}: {describe_plan(config, indices, parameters)}", flush=True)
 
     if (config.folder / MODEL / "config.json").exists():
         print("Already trained; nothing is trained again.", flush=True)
     else:
-        train(config, train_index)
-    score(config, val_index)
+        train(config, reader)
+    score(config, val_index, storage)
     return config.folder
-
-
-# --- Before anything starts ---
-
-
-def check_paths(config: RunConfig) -> None:
-    """Refuses relative local paths in a job: they would be looked up in a copy of the working directory."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return
-    paths = [("data.train", p) for p in config.data.train] + [("data.val", p) for p in config.data.val]
-    for setting, path in [*paths, ("storage", config.storage)]:
-        if "://" not in path and not Path(path).is_absolute():
-            raise ConfigError(
-                f"{setting}: {path!r} is a relative path, which in a submitted job means a temporary copy of your "
-                f"working directory on the cluster; give an absolute path that every node sees: --{setting} /..."
-            )
-
-
-def check_model(config: RunConfig) -> int:
-    """The number of parameters, after a look whether the towers can be built and take a row.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    with torch.device("meta"):  # costs no memory, however large the towers are
-        parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
-    if parameters < _TRIED_PARAMETERS:
-        data = config.data
-        tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
-        ids, lengths = tokenizer(["a song"])
-        row = {
-            "audio": torch.zeros(1, data.crop_samples, dtype=torch.int16),
-            "audio_length": torch.tensor([data.crop_samples], dtype=torch.int32),
-            "text_ids": torch.from_numpy(ids),
-            "text_length": torch.from_numpy(lengths),
-        }
-        try:
-            with torch.inference_mode():
-                MultimodalModel(config)(row)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(
-                f"the towers cannot take a row of {data.crop_seconds:g} s at {data.sample_rate} Hz ({error}); "
-                "give a longer --data.crop-seconds, or towers with smaller windows and fewer stages"
-            ) from None
-    return parameters
-
-
-def has_begun(config: RunConfig) -> bool:
-    """Whether the run has results that its config and shards must not drift away from."""
-    return committed_step(config) > 0 or (config.folder / MODEL / "config.json").exists()
-
-
-def prepare_folder(config: RunConfig, command: list[str]) -> None:
-    """Makes the run's folder with config.json and run.json, or checks that it is the same run's.
-
-    Raises:
-        CheckpointError: the folder holds a run with another config.
-        ConfigError: the folder cannot be made.
-    """
-    if "://" in config.storage:
-        raise ConfigError(f"storage: {config.storage!r} is a URL; give a folder that every node sees")
-    path = config.folder / "config.json"
-    if has_begun(config):
-        try:
-            there = from_dict(json.loads(path.read_text()), str(path))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path} is broken ({error}); delete {config.folder}, or give another --name"
-            ) from None
-        changed = differences(there, config)
-        if changed:
-            raise CheckpointError(
-                f"{config.folder} already holds a run with another config ({'; '.join(changed[:4])}"
-                f"{' ...' if len(changed) > 4 else ''}); give another --name, or delete that folder"
-            )
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(to_dict(config), indent=2))
-        record = config.folder / "run.json"
-        started = [datetime.now(UTC).isoformat(timespec="seconds")]
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            started = json.loads(record.read_text())["starts"] + started
-        write_whole(record, json.dumps(provenance(command) | {"started": started[0], "starts": started}, indent=2))
-    except OSError as error:
-        raise ConfigError(
-            f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage"
-        ) from None
-
-
-def provenance(command: list[str]) -> dict[str, Any]:
-    """The command, versions, git commit and machine that a result came from."""
-
-    def commit() -> str | None:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            root = Path(__file__).parents[1]
-            head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-            return head.stdout.strip()
-        return None
-
-    versions = {}
-    for package in ("muser_dist", "torch", "torchaudio", "ray", "deepspeed", "transformers", "timm"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "command": " ".join(command),
-        "commit": commit(),
-        "versions": {"python": platform.python_version()} | versions,
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu},
-    }
-
-
-def load_index(config: RunConfig, part: str, urls: list[str]) -> ShardIndex:
-    """The shards' row counts, kept in the run's folder so that its order never changes."""
-    kept = config.folder / f"{part}-index.json"
-    if kept.exists():
-        index = ShardIndex.load(kept)
-        if list(index.urls) == urls:
-            return index
-        if has_begun(config):
-            raise DataError(
-                f"data.{part}: {len(urls)} shards match now, but the run began with {len(index.urls)} others; "
-                "its order of rows would change. Bring the shards back, or start a run with another --name"
-            )
-
-    def progress(done: int, of: int) -> None:
-        if done == of or done % max(1, of // 20) == 0:
-            print(f"Counting rows of data.{part}: {done}/{of} shards", flush=True)
-
-    index = index_shards(urls, f"data.{part}", progress)
-    for url, problem in index.problems.items():
-        print(f"Warning: {url} {problem}; rows that cannot be read will be quarantined", flush=True)
-    index.save(kept)
-    return index
-
-
-def check_rows(config: RunConfig, index: ShardIndex) -> None:
-    """Raises DataError when the shards cannot fill one global batch."""
-    if index.total < config.train.global_batch:
-        chunk = min(config.train.chunk, max(1, index.total // 2))
-        raise DataError(
-            f"data.train: {index.total} rows in {len(index.urls)} shards are fewer than one global batch "
-            f"({config.train.global_batch}); give more data, or --train.chunk {chunk} --train.global-batch "
-            f"{index.total // chunk * chunk}"
-        )
-
-
-def describe_plan(config: RunConfig, index: ShardIndex, parameters: int) -> str:
-    """One line: what will be trained on what."""
-    t = config.train
-    return (
-        f"{parameters / 1e6:.1f} M parameters, {index.total:,} rows in {len(index.urls)} shards, "
-        f"{t.steps:,} steps of {t.global_batch} rows ({t.steps * t.global_batch / index.total:.1f} passes), "
-        f"{t.workers} workers, ZeRO {t.zero_stage}, {t.precision}"
-    )
 
 
 # --- Ray ---
@@ -295,7 +131,7 @@ def connect(config: RunConfig) -> None:
         )
 
 
-def train(config: RunConfig, index: ShardIndex) -> None:
+def train(config: RunConfig, reader: ChunkReader) -> None:
     """Trains from the run's last checkpoint, through worker deaths, to the exported model.
 
     Raises:
@@ -309,13 +145,13 @@ def train(config: RunConfig, index: ShardIndex) -> None:
 
     def remaining() -> ray.data.Dataset:
         """All chunks after the last checkpoint; called anew whenever workers start."""
-        return ray_dataset(training_reader(config, index), committed_step(config), config.train.steps)
+        return ray_dataset(reader, committed_step(config), config.train.steps)
 
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
         datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options()),
+        dataset_config=ray.train.DataConfig(execution_options=execution_options(config.data.buffer_mib)),
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,
@@ -355,13 +191,13 @@ def _last_line(error: Exception) -> str:
 # --- After training ---
 
 
-def score(config: RunConfig, index: ShardIndex | None) -> None:
+def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None:
     """Scores the exported model, draws the page, and prints where everything is."""
     folder = config.folder
     if index is not None:
         start = time.monotonic()
         try:
-            evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index)
+            evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index, storage)
         except DataError:
             write_report(folder)  # the training is worth its page, whatever is wrong with the scoring
             raise

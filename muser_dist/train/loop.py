@@ -1,6 +1,7 @@
 """One worker's whole program, from top to bottom."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray.train.torch
 import torch.distributed as dist
 
 from muser_dist.config import RunConfig, TrainConfig, from_dict
-from muser_dist.data.pipeline import Chunk
+from muser_dist.data.chunks import Chunk
 from muser_dist.errors import CheckpointError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
@@ -26,6 +27,9 @@ MODEL = "model"
 
 STOPPED = "stopped.txt"
 """File in the run's folder that says why training ended before its last step."""
+
+
+_JUDGED_ROWS = 1_000
 
 
 class StopTraining(MuserError):
@@ -51,7 +55,7 @@ def train(config: RunConfig) -> None:
     """Trains until the run's last step, from its last checkpoint where there is one, and exports.
 
     Raises:
-        StopTraining: the loss or its gradient is not finite, or no row can be used.
+        StopTraining: the loss or its gradient is not finite, or too few rows can be used.
         CheckpointError: the last checkpoint does not suit this run.
     """
     # --- Set-up ---
@@ -73,7 +77,7 @@ def train(config: RunConfig) -> None:
     chunks = _own_chunks(blocks, train, first_step, rank, ranks)
 
     # --- Training ---
-    stopwatch, logged_step = Stopwatch(), first_step
+    stopwatch, logged_step, seen = Stopwatch(), first_step, Counter[str]()
     for step in range(first_step, train.steps):
         with stopwatch.waiting():
             mine = [next(chunks) for _ in range(train.chunks_per_worker)]
@@ -98,20 +102,21 @@ def train(config: RunConfig) -> None:
                     f"the loss or its gradient is not finite at step {done} ({values}); the last checkpoint is from "
                     "before. Lower --train.lr or raise --objective.temperature.minimum, under another --name"
                 )
-            if accounting.totals["rows_used"] == 0:
-                raise StopTraining(
-                    f"none of the first {accounting.totals['rows_read']} rows of data.train can be used; "
-                    f"{problems[0]['shard'] if problems else ''}: {problems[0]['reason'] if problems else ''}"
-                )
+            seen.update(problem["reason"] for problem in problems if problem["row"] is not None)
+            check_share(accounting.totals, seen, config.data.max_bad_share)
             metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
             for pair, inverse in zip(config.objective.pairs, scale.tolist(), strict=True):
                 metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / inverse
             metrics |= {"lr": train.lr * factor, **accounting.totals}
             metrics |= stopwatch.lap((done - logged_step) * train.global_batch)
+            metrics["decode_ms_per_row"] = accounting.decode_ms_per_row()
             logged_step = done
             if log:
                 log.metrics(metrics)
         if save:
+            accounts = accounting.accounts()
+            if log:
+                log.accounts(done, accounts)
             checkpoint.save(engine, done, accounting)
 
     # --- Export ---
@@ -120,6 +125,18 @@ def train(config: RunConfig) -> None:
         save_model(config.folder / MODEL, weights, config)
         log.close()
     dist.barrier()
+
+
+def check_share(totals: dict[str, Any], reasons: Counter[str], most: float) -> None:
+    """Raises StopTraining when too many of the rows read so far are quarantined."""
+    read, bad = totals["rows_read"], totals["rows_quarantined"]
+    if bad == read or (read >= _JUDGED_ROWS and bad > most * read):
+        reason, count = next(iter(reasons.most_common(1)), ("?", 0))
+        what = "none" if bad == read else f"{read - bad:,}"
+        raise StopTraining(
+            f"{what} of the first {read:,} rows of training can be used; the most frequent reason ({count:,} times): "
+            f"{reason}. quarantine.jsonl names them all. Mend the data, or raise --data.max-bad-share ({most:g})"
+        )
 
 
 def _own_chunks(

@@ -1,15 +1,17 @@
-"""What a run writes down while it trains: metrics.jsonl, quarantine.jsonl, and the live line.
+"""What a run writes down while it trains: metrics, quarantine and accounts, and the live line.
 
-Rank 0 writes; the driver follows the file and prints. Both files can be cut back to a step, so
+Rank 0 writes; the driver follows the metrics and prints. All files can be cut back to a step, so
 that a run which goes on from a checkpoint leaves no line twice.
 """
 
-import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TextIO
@@ -18,16 +20,30 @@ import numpy as np
 import torch.distributed as dist
 
 from muser_dist.config import PairConfig, RunConfig
-from muser_dist.data.pipeline import Chunk
+from muser_dist.data.chunks import Chunk, chain_digest, chunk_digest
 from muser_dist.objectives.collectives import world
 
 Moment = tuple[int, int]
 
 METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
+ACCOUNTS = "accounts.jsonl"
 
-TIMES = ("seconds", "samples_per_second", "wait_share")
+TIMES = ("seconds", "samples_per_second", "wait_share", "decode_ms_per_row")
 """Fields of metrics.jsonl that differ between two runs of the same seed."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one chunk adds to the accounts."""
+
+    moment: Moment
+    digest: str
+    read: Counter[tuple[str, int, str]]  # by (source, pass, shard)
+    used: Counter[tuple[str, int, str]]
+    in_val: int
+    problems: list[dict[str, Any]]
+    seconds: float
 
 
 class Accounting:
@@ -37,24 +53,46 @@ class Accounting:
     for every other row why not, and also names the missing part of rows that are used in part.
 
     Attributes:
-        totals: "rows_read", "rows_used", "rows_quarantined", and "digest", a SHA-256 over step,
-            chunk, row numbers and keys of all chunks of all ranks up to the last flush: equal
-            where two runs saw the same rows in the same global batches.
+        totals: "rows_read", "rows_used", "rows_quarantined"; "rows_surplus", samples of shards
+            beyond their index; "rows_in_val", rows read that validation holds too; and "digest",
+            a SHA-256 over step, chunk, keys and crops of all chunks of all ranks up to the last
+            flush: equal where two runs saw the same rows in the same global batches.
     """
 
     def __init__(self, pairs: tuple[PairConfig, ...], totals: dict[str, Any] | None = None) -> None:
         self.pairs = pairs
-        self.totals = totals or {"rows_read": 0, "rows_used": 0, "rows_quarantined": 0, "digest": ""}
-        self._new: list[tuple[Moment, str, int, int, list[dict[str, Any]]]] = []
+        nothing: dict[str, Any] = {
+            "rows_read": 0,
+            "rows_used": 0,
+            "rows_quarantined": 0,
+            "rows_surplus": 0,
+            "rows_in_val": 0,
+        }
+        self.totals = totals or nothing | {"digest": ""}
+        self._new: list[_Read] = []
+        self._read: Counter[tuple[str, int, str]] = Counter()
+        self._used: Counter[tuple[str, int, str]] = Counter()
+        self._seconds = 0.0
+        self._rows = 0
 
     def add(self, chunk: Chunk) -> None:
         """Counts a chunk that this rank has trained on."""
         moment = int(chunk["step"]), int(chunk["chunk"])
-        valid = {f"{p.first}-{p.second}": chunk[f"valid_{p.first}"] & chunk[f"valid_{p.second}"] for p in self.pairs}
-        used = np.logical_or.reduce(list(valid.values()))
-        digest = hashlib.sha256(repr((moment, chunk["row"].tolist(), list(chunk["key"]))).encode()).hexdigest()
-        problems = [{"step": moment[0], **json.loads(entry)} for entry in chunk["problems"]]
-        self._new.append((moment, digest, int((chunk["row"] >= 0).sum()), int(used.sum()), problems))
+        pairs = [chunk[f"valid_{pair.first}"] & chunk[f"valid_{pair.second}"] for pair in self.pairs]
+        used = np.logical_or.reduce(pairs)
+        real = chunk["row"] >= 0
+        where = list(zip(chunk["source"], chunk["epoch"].tolist(), chunk["shard"], strict=True))
+        self._new.append(
+            _Read(
+                moment,
+                chunk_digest(*moment, chunk["key"], chunk["crop"]),
+                Counter(place for place, counts in zip(where, real, strict=True) if counts),
+                Counter(place for place, counts in zip(where, used, strict=True) if counts),
+                int(chunk["in_val"].sum()),
+                [{"step": moment[0], **json.loads(entry)} for entry in chunk["problems"]],
+                float(chunk["seconds"]),
+            )
+        )
 
     def flush(self) -> list[dict[str, Any]]:
         """Brings all ranks' rows since the last flush into the totals; a collective.
@@ -62,19 +100,45 @@ class Accounting:
         Returns:
             the new quarantine entries, in an order that does not depend on the number of ranks.
         """
-        parts: list[Any] = [self._new]
+        of_ranks: list[Any] = [self._new]
         if world()[1] > 1:
-            parts = [None] * world()[1]
-            dist.all_gather_object(parts, self._new)
+            of_ranks = [None] * world()[1]
+            dist.all_gather_object(of_ranks, self._new)
         self._new = []
-        entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
-        for _, digest, read, used, _ in entries:
+        problems = []
+        for part in sorted(chain.from_iterable(of_ranks), key=lambda part: part.moment):
+            read, used = part.read.total(), part.used.total()
             self.totals["rows_read"] += read
             self.totals["rows_used"] += used
             self.totals["rows_quarantined"] += read - used
+            self.totals["rows_in_val"] += part.in_val
+            self.totals["rows_surplus"] += sum(entry["count"] for entry in part.problems if entry["row"] is None)
             if read:  # an all-masked chunk that pads the step says nothing about the data
-                self.totals["digest"] = hashlib.sha256((self.totals["digest"] + digest).encode()).hexdigest()
-        return [problem for *_, problems in entries for problem in problems]
+                self.totals["digest"] = chain_digest(self.totals["digest"], part.digest)
+            self._read += part.read
+            self._used += part.used
+            self._seconds += part.seconds
+            self._rows += read
+            problems += part.problems
+        return problems
+
+    def decode_ms_per_row(self) -> float:
+        """Milliseconds of reading and decoding for each row flushed since the last call."""
+        value = 1000 * self._seconds / max(1, self._rows)
+        self._seconds, self._rows = 0.0, 0
+        return round(value, 3)
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """What was flushed since the last call: read = used + quarantined for each source, pass and shard."""
+        lines = []
+        for place, read in self._read.items():
+            source, epoch, shard = place
+            used = self._used[place]
+            counts = {"read": read, "used": used, "quarantined": read - used}
+            lines.append({"source": source, "pass": epoch, "shard": shard} | counts)
+        self._read.clear()
+        self._used.clear()
+        return lines
 
 
 class Stopwatch:
@@ -111,11 +175,17 @@ class RunLog:
         """Opens the files of a run that goes on after `step` optimizer steps: later lines are dropped."""
         self._metrics = _reopen(folder / METRICS, lambda entry: entry["step"] <= step)
         self._quarantine = _reopen(folder / QUARANTINE, lambda entry: entry["step"] < step)
+        self._accounts = _reopen(folder / ACCOUNTS, lambda entry: entry["step"] <= step)
 
     def quarantine(self, problems: list[dict[str, Any]]) -> None:
         """Writes quarantine entries."""
         self._quarantine.writelines(json.dumps(problem) + "\n" for problem in problems)
         self._quarantine.flush()
+
+    def accounts(self, step: int, lines: list[dict[str, Any]]) -> None:
+        """Writes what was read since the last checkpoint: the sums over the file are the run's accounts."""
+        self._accounts.writelines(json.dumps({"step": step} | line) + "\n" for line in lines)
+        self._accounts.flush()
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Writes a line of metrics."""
@@ -126,6 +196,7 @@ class RunLog:
         """Closes the files."""
         self._metrics.close()
         self._quarantine.close()
+        self._accounts.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

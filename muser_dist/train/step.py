@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from muser_dist.config import Modality, ObjectiveConfig
-from muser_dist.data.pipeline import Chunk
+from muser_dist.data.chunks import Chunk
 from muser_dist.objectives.contrastive import Batch, Loss, Objective
 from muser_dist.train.engine import Engine
 
-TENSORS = ("audio", "audio_length", "text_ids", "text_length")
+TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
 """Arrays of a chunk that towers may read."""
 
 
@@ -32,7 +32,7 @@ def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.devi
 
     return DeviceChunk(
         (int(chunk["step"]), int(chunk["chunk"])),
-        {name: move(name) for name in TENSORS},
+        {name: move(name) for name in TENSORS if name in chunk},
         Batch({name: move(f"valid_{name}") for name in modalities}, move("row"), move("text_id")),
     )
 

@@ -3,7 +3,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muser_dist.data.text import WordTokenizer, check_templates, load_tokenizer, read_fields, render, text_id
+from muser_dist.data.config import DataConfig
+from muser_dist.data.text import (
+    TextPolicy,
+    WordTokenizer,
+    check_templates,
+    flat,
+    load_tokenizer,
+    read_fields,
+    render,
+    text_id,
+)
 from muser_dist.errors import ConfigError, DataError
 
 TEMPLATE = "A song of {genre}, belongs to {kind} from {place}, whose style is {style}"
@@ -42,9 +52,47 @@ def test_text_id_depends_on_the_facts_alone():
 
 
 def test_fields_come_from_json_and_txt():
-    metadata = b'{"a": ["x", "y"], "b": null, "c": "", "d": {"e": 1}, "f": 3.5, "g": " two\\n lines "}'
-    assert read_fields(metadata, "hé".encode()) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
+    metadata = (
+        b'{"a": ["x", " ", "y"], "b": null, "c": "", "d": {"en": 1, "de": null}, "f": 3.5, "g": " two\\n lines "}'
+    )
+    fields = read_fields(metadata, "hé".encode())
+    assert fields == {"a": ["x", "y"], "d": {"en": "1"}, "f": "3.5", "g": " two\n lines ", "text": "hé"}
+    assert flat(fields) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
     assert read_fields(None, b" ") == {}
+
+
+def policy(*templates: str, **settings) -> TextPolicy:
+    return TextPolicy(DataConfig(**settings), templates)
+
+
+def spoken(policy: TextPolicy, fields: dict, times: int = 200) -> set[str]:
+    return {policy.say(fields, np.random.default_rng(seed))[0] for seed in range(times)}
+
+
+def test_lists_are_joined_and_one_of_several_captions_drawn():
+    fields = {"tags": ["slow", "sad"], "captions": ["One.", "Two.", "Three."]}
+    assert spoken(policy("{tags}"), fields) == {"slow, sad"}
+    assert spoken(policy("{captions:one}"), fields) == {"One.", "Two.", "Three."}
+    assert policy("{captions:one}").say(fields, None) == ("One.", {"captions": "One."})
+    assert spoken(policy("{tags}", "{captions:one}"), fields) == {"slow, sad", "One.", "Two.", "Three."}
+
+
+def test_a_language_is_drawn():
+    fields = {"caption": {"en": "a song", "de": "ein Lied", "fr": "une chanson"}}
+    assert spoken(policy("{caption}"), fields) == {"a song", "ein Lied", "une chanson"}
+    assert spoken(policy("{caption}", languages=("de", "en", "xx")), fields) == {"a song", "ein Lied"}
+    assert policy("{caption}", languages=("de", "en")).say(fields, None)[0] == "ein Lied"
+    with pytest.raises(DataError, match="none of the fields"):
+        policy("{caption}", languages=("xx",)).say(fields, None)
+
+
+def test_fields_and_lines_are_dropped_but_never_all():
+    two = {"a": "1", "b": "2"}
+    assert spoken(policy("{a}, {b}", field_dropout=0.5), two) == {"1, 2", "1", "2"}
+    assert spoken(policy("{a}, {b}"), two) == {"1, 2"}
+    lines = {"text": "first\nsecond"}
+    assert spoken(policy("{text}", line_dropout=0.5), lines) == {"first second", "first", "second"}
+    assert policy("{text}", line_dropout=0.9).say(lines, None)[0] == "first second"
 
 
 @pytest.mark.parametrize(

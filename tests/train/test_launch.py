@@ -10,12 +10,13 @@ import pytest
 
 from muser_dist.cli import parse_run
 from muser_dist.config import from_dict, to_dict
-from muser_dist.data.shards import expand
+from muser_dist.data.config import SourceConfig
 from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.recipes import load_recipe
-from muser_dist.train.launch import check_paths, load_index, prepare_folder, pretrain
+from muser_dist.train.launch import pretrain
+from muser_dist.train.preflight import check_paths, load_index, prepare_folder
 from tests.shardmaker import write_shards
-from tests.small import small_config
+from tests.small import LOCAL, small_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +85,7 @@ def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
     prepare_folder(other, ["test"])  # nothing was trained yet, so another config is no contradiction
     assert json.loads((config.folder / "config.json").read_text())["train"]["lr"] == 0.5
     write_shards(tmp_path / "data", [4, 3, 4])
-    assert load_index(other, "train", expand(other.data.train, "data.train")).total == 11
+    assert load_index(other, SourceConfig("train", ()), LOCAL, LOCAL.expand(other.data.train, "data.train")).total == 11
 
 
 def test_a_storage_that_cannot_be_written(tmp_path):

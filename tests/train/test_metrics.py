@@ -1,9 +1,11 @@
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 
 from muser_dist.config import PairConfig
+from muser_dist.data.chunks import Problem
 from muser_dist.train.metrics import METRICS, QUARANTINE, Accounting, RunLog, describe, live_line, read_lines
 from tests.small import small_config
 
@@ -11,12 +13,18 @@ PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
 
 
 def chunk(step: int, number: int, heard: list[bool], stated: list[bool], rows: list[int]) -> dict:
-    problem = {"epoch": 0, "row": rows[0], "shard": "s", "key": "k", "member": "", "reason": "r", "offset": 0}
+    problem = asdict(Problem(0, rows[0], "train", "s", "k", "", "r", 0))
     return {
         "step": np.int64(step),
         "chunk": np.int64(number),
         "row": np.array(rows),
         "key": [str(row) for row in rows],
+        "epoch": np.array([row // 6 for row in rows]),
+        "shard": ["s"] * len(rows),
+        "source": ["train"] * len(rows),
+        "crop": np.array(rows) / 10,
+        "in_val": np.array([row == 5 for row in rows]),
+        "seconds": np.float64(0.5),
         "valid_audio": np.array(heard),
         "valid_spectrogram": np.array(heard),
         "valid_text": np.array(stated),
@@ -33,6 +41,14 @@ def test_rows_read_are_used_or_quarantined():
     assert (totals["rows_read"], totals["rows_used"], totals["rows_quarantined"]) == (4, 2, 2)
     assert [(p["step"], p["row"]) for p in problems] == [(0, 4), (0, 7)]
     assert accounting.flush() == []
+    place = {"source": "train", "shard": "s"}
+    assert accounting.accounts() == [
+        {**place, "pass": 0, "read": 2, "used": 1, "quarantined": 1},
+        {**place, "pass": 1, "read": 2, "used": 1, "quarantined": 1},
+    ]
+    assert accounting.accounts() == []
+    assert totals["rows_in_val"] == 1
+    assert accounting.decode_ms_per_row() == 250
 
 
 def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flushed():
@@ -50,7 +66,7 @@ def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flush
     assert digest([a, b]) == digest([a], [b]) == digest([b, a]) == digest([a, b, padding])
     assert digest([a]) != digest([a, b])
     assert digest([chunk(0, 0, [True], [True], [2]), chunk(0, 1, [True], [True], [1])]) != digest([a, b])
-    resumed = Accounting(PAIRS, {"rows_read": 1, "rows_used": 1, "rows_quarantined": 0, "digest": digest([a])})
+    resumed = Accounting(PAIRS, Accounting(PAIRS).totals | {"digest": digest([a])})
     resumed.add(b)
     resumed.flush()
     assert resumed.totals["digest"] == digest([a], [b])

@@ -1,0 +1,260 @@
+"""Numbered chunks of c rows, read and decoded: plain Python, which Ray calls in tasks.
+
+In step t the global batch is K chunks; chunk j goes to rank j mod W. A step is padded with
+all-masked chunks to a multiple of W, so every rank makes the same number of forward passes.
+A row that cannot be used keeps its place with its flags off, and says why.
+
+A chunk is a dict of arrays, one Arrow row and one block:
+
+    step, chunk      int64 ()        optimizer step, and number of the chunk in it
+    row, epoch       int64 (c,)      number of the row in the sorted shards, pass; -1 is padding
+    key, shard       str   (c,)
+    source           str   (c,)      name of the source
+    crop             float64 (c,)    where the crop lies in the clip: 0 is its head, 1 its tail
+    valid_<modality> bool  (c,)      for each modality of the model
+    audio            int16 (c, samples), where a tower or the front end on the worker needs it
+    audio_length     int32 (c,)      samples before the padding
+    spectrogram      float16 (c, 1, mels, frames), where tasks make it
+    text             str   (c,)
+    text_ids         int32 (c, max_tokens)
+    text_length      int32 (c,)
+    text_id          int64 (c,)      which texts state the same facts; -1 where there is none
+    in_val           bool  (c,)      same audio or same title as a validation row
+    fields           str   (c,)      metadata as JSON, for evaluation
+    problems         list of str     JSON entries for the quarantine
+    seconds          float64 ()      time that reading and decoding took
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from muser_dist.config import ModelConfig
+from muser_dist.data import audio
+from muser_dist.data.config import DataConfig, SourceConfig
+from muser_dist.data.decoder import decoder
+from muser_dist.data.leakage import row_ids
+from muser_dist.data.plan import Plan, Rows
+from muser_dist.data.rows import Row, RowReader
+from muser_dist.data.text import TextPolicy, flat, load_tokenizer, read_fields, text_id
+from muser_dist.errors import DataError
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An entry of the quarantine: why a member or a whole row could not be used.
+
+    `row` is None where the entry is about `count` surplus samples of a shard, which no row stands for.
+    """
+
+    epoch: int
+    row: int | None
+    source: str
+    shard: str
+    key: str
+    member: str
+    reason: str
+    offset: int | None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a chunk will hold, known without decoding it: (c,) each."""
+
+    step: int
+    chunk: int
+    rows: Rows
+    found: list[Row | None]
+    crop: np.ndarray
+    draws: list[np.random.Generator | None]
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys; empty for padding and for samples that are not there."""
+        return [row.key if row else "" for row in self.found]
+
+
+def chunk_digest(step: int, chunk: int, keys: Sequence[str], crop: np.ndarray) -> str:
+    """SHA-256 over (step, chunk, keys, crops): equal where two runs deliver the same."""
+    return hashlib.sha256(repr((step, chunk, list(keys), crop.tolist())).encode()).hexdigest()
+
+
+def chain_digest(digest: str, chunk: str) -> str:
+    """The digest of all chunks so far and the next one; the first follows on ""."""
+    return hashlib.sha256((digest + chunk).encode()).hexdigest()
+
+
+class ChunkReader:
+    """Makes chunks out of a plan.
+
+    Args:
+        rows: reads single rows.
+        plan: their order.
+        sources: names and templates.
+        data: how clips and texts are treated.
+        model: its modalities; each gets its valid flag.
+        chunk: rows in a chunk (c).
+        chunks_per_step: chunks in a global batch (K).
+        slots_per_step: K padded to a multiple of the number of workers.
+        val_ids: (n,) int64, sorted: what `row_ids` gives for the validation rows.
+    """
+
+    def __init__(
+        self,
+        rows: RowReader,
+        plan: Plan,
+        sources: Sequence[SourceConfig],
+        data: DataConfig,
+        model: ModelConfig,
+        chunk: int,
+        chunks_per_step: int,
+        slots_per_step: int,
+        val_ids: np.ndarray,
+    ) -> None:
+        self.rows = rows
+        self.plan = plan
+        self.sources = sources
+        self.data = data
+        self.model = model
+        self.modalities = tuple(model.towers())
+        self.chunk = chunk
+        self.chunks_per_step = chunks_per_step
+        self.slots_per_step = slots_per_step
+        self.val_ids = val_ids
+
+    def outline(self, slot: int) -> Outline:
+        """The chunk of a slot, found without decoding; slots count over the run, padding included."""
+        step, chunk = divmod(slot, self.slots_per_step)
+        if chunk < self.chunks_per_step:
+            start = (step * self.chunks_per_step + chunk) * self.chunk
+            rows = self.plan.rows(start, start + self.chunk)
+        else:
+            rows = Rows.padding(self.chunk)
+        crop, found, draws = np.full(self.chunk, 0.5), [], []
+        for i, (epoch, index, shard, number) in enumerate(
+            zip(rows.epoch.tolist(), rows.index.tolist(), rows.shard.tolist(), rows.row.tolist(), strict=True)
+        ):
+            found.append(self.rows.row(shard, number) if index >= 0 else None)
+            rng = self.plan.rng(epoch, index) if self.plan.shuffle and index >= 0 else None
+            if rng:
+                crop[i] = rng.random()
+            draws.append(rng)
+        return Outline(step, chunk, rows, found, crop, draws)
+
+    def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
+        """Yields the chunks of these slots."""
+        for slot in slots:
+            start = time.perf_counter()
+            chunk = self._decode(self.outline(slot))
+            chunk["seconds"] = np.float64(time.perf_counter() - start)
+            yield chunk
+
+    @cached_property
+    def _front_end(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Waveforms to spectrograms, where tasks make them."""
+        if self.data.spectrogram_on == "device" or self.model.spectrogram is None:
+            return None
+        import torch  # takes seconds and megabytes in each process, so only where it is needed
+
+        from muser_dist.data.spectrogram import in_tasks
+
+        module = in_tasks(self.data, self.model.spectrogram)
+
+        def make(waveforms: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return module(torch.from_numpy(waveforms)).half().numpy()
+
+        return make
+
+    def _decode(self, outline: Outline) -> Chunk:
+        c, data = self.chunk, self.data
+        waveforms = np.zeros((c, data.crop_samples), np.int16)
+        lengths, text_ids = np.zeros(c, np.int32), np.full(c, -1, np.int64)
+        heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
+        sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
+        problems: list[str] = []
+        hears = "audio" in self.modalities or "spectrogram" in self.modalities
+        for i, row in enumerate(outline.found):
+            if row is None:
+                continue
+            source = self.sources[outline.rows.source[i]]
+            sources[i], shards[i] = source.name, row.shard
+            rng = outline.draws[i]
+            seed = int(rng.integers(2**63)) if rng else None  # always drawn: augmenting must not change the text
+
+            epoch, index = int(outline.rows.epoch[i]), int(outline.rows.index[i])
+            entry = Problem(epoch, index, source.name, row.shard, row.key, "", "", row.offset)
+
+            def report(member: str, reason: str, entry: Problem = entry) -> None:
+                problems.append(json.dumps(asdict(replace(entry, member=member, reason=reason))))
+
+            # Told once a pass: by whoever reads the shard's first row.
+            if outline.rows.row[i] == 0 and (surplus := self.rows.surplus(int(outline.rows.shard[i]))):
+                of_shard = replace(entry, row=None, key="", offset=None, count=surplus)
+                report("", f"the shard holds {surplus} samples more than its index says; they are not used", of_shard)
+            if row.problem is not None:
+                report("", row.problem)
+                continue
+            sound: bytes | None = None
+            if hears:
+                try:
+                    sound = row.read(row.audio)
+                    if sound is None:
+                        raise DataError(f"no audio member ({', '.join(audio.EXTENSIONS)})")
+                    waveforms[i], lengths[i] = decoder(data).decode(sound, float(outline.crop[i]), seed)
+                    heard[i] = True
+                except Exception as error:  # whatever it is, one row must not end the run
+                    report(row.audio or "", _reason(error))
+            try:
+                metadata, text = row.read("json"), row.read("txt")
+                if metadata is None and text is None:
+                    raise DataError("no .json and no .txt member")
+                values = read_fields(metadata, text)
+                if len(self.val_ids):
+                    in_val[i] = np.isin(row_ids(sound, values), self.val_ids).any()
+                fields[i] = json.dumps(flat(values))
+                policy = TextPolicy(data, source.templates or data.templates)
+                sentences[i], facts = policy.say(values, rng)
+                text_ids[i] = text_id(facts)
+                stated[i] = True
+            except Exception as error:
+                report("json" if "json" in row.extensions else "", _reason(error))
+        ids, id_lengths = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
+        chunk: Chunk = {
+            "step": np.int64(outline.step),
+            "chunk": np.int64(outline.chunk),
+            "row": outline.rows.index,
+            "epoch": outline.rows.epoch,
+            "key": outline.keys,
+            "shard": shards,
+            "source": sources,
+            "crop": outline.crop,
+            "audio_length": lengths,
+            "text": sentences,
+            "text_ids": ids,
+            "text_length": id_lengths,
+            "text_id": text_ids,
+            "in_val": in_val,
+            "fields": fields,
+            "problems": problems,
+        }
+        if self._front_end:
+            chunk["spectrogram"] = self._front_end(waveforms)
+        if "audio" in self.modalities or not self._front_end:
+            chunk["audio"] = waveforms
+        for modality in self.modalities:
+            chunk[f"valid_{modality}"] = stated if modality == "text" else heard
+        return chunk
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,268 @@
+"""Where shards lie: local folders, or any fsspec URL, read through copies on the local disk.
+
+A remote shard is fetched whole, in blocks; when the stream breaks, the next request asks for the
+first byte that is missing. Its copy serves all tasks of the node and all passes over the data,
+until the cache is full and it is the one not used for longest.
+"""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import fsspec.asyn
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+from filelock import FileLock
+
+from muser_dist.data.config import DataConfig
+from muser_dist.errors import ConfigError, DataError
+
+BLOCK_BYTES = 8 << 20
+"""Bytes asked for at a time."""
+
+# Attempts in a row that may fail without a new byte. With the pauses between them (half of at most
+# 0.25, 0.5, 1 ... 30 s on average) that is one to two minutes of outage.
+_ATTEMPTS = 10
+_LONGEST_PAUSE = 30.0
+
+# Trying again does not mend these.
+_PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
+
+_LOCKS = 256
+
+
+def redact(text: str) -> str:
+    """The text without what may be secret in a URL: user, password and query string."""
+    text = re.sub(r"(\w+://)[^/@\s'\"]*@", r"\1", text)
+    return re.sub(r"(\w+://[^?\s'\"]*)\?[^\s'\")]*", r"\1", text)
+
+
+class Storage:
+    """Access to shards.
+
+    Args:
+        options: arguments of fsspec's file systems, by protocol. They may be secret: they are
+            neither printed nor saved.
+        cache: folder for copies of remote shards.
+        cache_bytes: size that the folder is kept below, as far as the shards in use allow.
+        timeout: seconds after which a stalled read is broken off.
+    """
+
+    def __init__(self, options: dict[str, dict[str, Any]], cache: Path, cache_bytes: int, timeout: float) -> None:
+        self._options = options
+        self.cache = cache
+        self.cache_bytes = cache_bytes
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Storage(cache={self.cache})"
+
+    @staticmethod
+    def of(config: DataConfig) -> "Storage":
+        """The storage that a config describes.
+
+        Raises:
+            ConfigError: the file of data.storage_options cannot be used.
+        """
+        options: Any = {}
+        if path := config.storage_options:
+            try:
+                options = json.loads(Path(path).read_text())
+            except OSError as error:
+                raise ConfigError(f"data.storage_options: cannot read {path}: {error.strerror}") from None
+            except ValueError:  # its message may quote the file
+                raise ConfigError(f"data.storage_options: {path} is no JSON") from None
+            if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+                raise ConfigError(f'data.storage_options: {path} must hold {{"PROTOCOL": {{"ARGUMENT": value}}}}')
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        cache = Path(config.cache_folder or f"{tempfile.gettempdir()}/muser-cache-{user}")
+        return Storage(options, cache, round(config.cache_gib * (1 << 30)), config.read_timeout)
+
+    # --- Finding shards ---
+
+    def expand(self, patterns: Iterable[str], setting: str) -> list[str]:
+        """The shards that the patterns name, sorted.
+
+        Args:
+            patterns: paths or fsspec URLs with braces and globs.
+            setting: the option that holds them, for errors.
+
+        Raises:
+            DataError: a pattern matches nothing or is malformed; the message names it.
+        """
+        urls: set[str] = set()
+        folders: dict[str, set[str] | None] = {}  # each is listed once, however many shards are named in it
+        for pattern in patterns:
+            if re.match(r"\w+://[^/]*@", pattern):
+                raise DataError(
+                    f"{setting}: {redact(pattern)} holds a user or a password, which would be saved with the run; "
+                    "give them in the file of --data.storage-options"
+                )
+            try:
+                expanded = list(braceexpand(pattern))
+            except UnbalancedBracesError:
+                raise DataError(f"{setting}: the braces in {pattern!r} are not balanced") from None
+            for url in expanded:
+                urls.update(self._matches(url, setting, folders))
+        return sorted(urls)
+
+    def _matches(self, url: str, setting: str, folders: dict[str, set[str] | None]) -> list[str]:
+        folder, _, name = url.rpartition("/")
+        magic = glob.has_magic(url)
+        if glob.has_magic(folder):
+            found = self._glob(url, setting)
+        else:
+            if folder not in folders:
+                folders[folder] = self._names(folder, setting)
+            names = folders[folder]
+            if names is None:  # the server does not list what it has; it will tell when the shard is read
+                found = [url]
+            elif magic:
+                found = [f"{folder}/{n}" if folder else n for n in fnmatch.filter(names, name)]
+            else:
+                found = [url] if name in names else []
+        if found:
+            # Absolute: tasks read them from other working directories than the job's.
+            return [match if "://" in match else os.path.abspath(match) for match in found]
+        if "://" not in url and not glob.has_magic(folder) and not Path(folder or ".").is_dir():
+            raise DataError(f"{setting}: {url}: there is no folder {folder}; check the path")
+        what = "no shard matches" if magic else "the shard is missing"
+        raise DataError(f"{setting}: {redact(url)}: {what}; check the pattern, or list what is in {folder or '.'}")
+
+    def _names(self, folder: str, setting: str) -> set[str] | None:
+        """Names of the files in a folder; None where that cannot be known."""
+        if "://" not in folder:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    return {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                return set()
+        if folder.startswith(("http://", "https://")):
+            return None
+        fs, path = self._filesystem(folder, setting)
+        try:
+            found = self._patiently(lambda: fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return set()
+        return {str(name).rstrip("/").rpartition("/")[2] for name in found}
+
+    def _glob(self, url: str, setting: str) -> list[str]:
+        if "://" not in url:
+            return [match for match in glob.glob(url) if Path(match).is_file()]
+        fs, path = self._filesystem(url, setting)
+        return [fs.unstrip_protocol(match) for match in self._patiently(lambda: fs.glob(path))]
+
+    # --- Reading ---
+
+    def read(self, url: str) -> bytes | None:
+        """The content of a small file; None where there is none."""
+        if "://" not in url:
+            try:
+                return Path(url).read_bytes()
+            except OSError:
+                return None
+        fs, path = self._filesystem(url, url)
+        try:
+            return self._patiently(lambda: self._cat(fs, path))
+        except _PERMANENT:
+            return None  # there is none, or the storage does not say whether there is one
+
+    def local(self, url: str) -> Path:
+        """A local path of a shard: its own, or that of the copy, which is fetched when there is none.
+
+        Raises:
+            DataError: the shard cannot be fetched; the message says why, without secrets.
+        """
+        if "://" not in url:
+            return Path(url)
+        if url.startswith("file://"):
+            return Path(url.removeprefix("file://"))
+        try:
+            fs, path = self._filesystem(url, url)
+            info = self._patiently(lambda: fs.info(path))
+            size = info.get("size")
+            if size is None:
+                raise DataError("cannot be fetched: the server does not tell its size")
+            # Another version of the shard is another copy.
+            version = [str(info.get(name)) for name in ("ETag", "etag", "LastModified", "mtime", "created", "size")]
+            name = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
+            copy = self.cache / f"{name}.tar"
+            self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with FileLock(self.cache / f"lock-{int(name[:8], 16) % _LOCKS:03d}"):
+                if not copy.exists():
+                    self._fetch(fs, path, size, copy)
+            os.utime(copy)  # used now: the last to make room
+            return copy
+        except _PERMANENT as error:
+            raise DataError(f"cannot be fetched: {redact(str(error)) or type(error).__name__}") from None
+        except OSError as error:
+            raise DataError(f"cannot be copied to {self.cache}: {redact(str(error))}") from None
+
+    def _fetch(self, fs: Any, path: str, size: int, copy: Path) -> None:
+        """Appends the blocks that are missing to the part that is there, perhaps from a process that died."""
+        self._make_room(size)
+        part = copy.with_suffix(".part")
+        with part.open("ab") as file:
+            while (start := file.tell()) < size:
+                stop = min(start + BLOCK_BYTES, size)
+                block = self._patiently(partial(self._cat, fs, path, start, stop))
+                if len(block) == size > stop - start:  # a web server that does not know of ranges
+                    block = block[start:]
+                if not block:
+                    raise DataError(f"cannot be fetched: the storage gives no byte after {start:,} of {size:,}")
+                file.write(block)
+        part.replace(copy)
+
+    def _make_room(self, size: int) -> None:
+        files = []
+        for file in self.cache.glob("*.*"):
+            try:
+                stat = file.stat()
+                files.append((stat.st_mtime, stat.st_size, file))
+            except FileNotFoundError:  # another task made room
+                continue
+        total = sum(length for _, length, _ in files) + size
+        for _, length, file in sorted(files):
+            if total <= self.cache_bytes:
+                break
+            file.unlink(missing_ok=True)  # who reads it just now goes on reading
+            total -= length
+
+    def _filesystem(self, url: str, setting: str) -> tuple[Any, str]:
+        protocol = url.partition("://")[0]
+        options = self._options.get(protocol, {})
+        try:
+            return fsspec.core.url_to_fs(url, **options)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"{setting}: {redact(url)}: {redact(str(error))}") from None
+
+    def _cat(self, fs: Any, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        if fs.async_impl:  # so that a stalled connection is given up
+            return fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=self.timeout)
+        return fs.cat_file(path, start=start, end=stop)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """The call's result. Errors that may pass are waited out, with jitter: a crowd must not come back at once."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return call()
+            except _PERMANENT:
+                raise
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1:
+                    reason = redact(str(error)) or type(error).__name__
+                    raise DataError(
+                        f"cannot be fetched: {_ATTEMPTS} attempts failed, the last with: {reason}"
+                    ) from None
+                time.sleep(random.random() * min(_LONGEST_PAUSE, 0.25 * 2**attempt))
+        raise AssertionError

@@ -1,0 +1,226 @@
+"""Before anything starts: checks, the run's folder, the row counts of its shards."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muser_dist.config import RunConfig, differences, from_dict, to_dict
+from muser_dist.data.config import SourceConfig
+from muser_dist.data.shards import ShardIndex, index_shards
+from muser_dist.data.spectrogram import in_tasks
+from muser_dist.data.storage import Storage, redact
+from muser_dist.data.text import check_templates, load_tokenizer
+from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.files import write_whole
+from muser_dist.models.model import MultimodalModel
+from muser_dist.objectives.contrastive import load_objective
+from muser_dist.train.checkpoint import committed_step
+from muser_dist.train.loop import MODEL
+
+# Models of at most this size are tried on one row before anything starts; the machine that a job
+# starts from may have little memory.
+_TRIED_PARAMETERS = 300_000_000
+
+
+def check_settings(config: RunConfig) -> int:
+    """Checks what can be checked without looking at the data; returns the number of parameters.
+
+    Raises:
+        ConfigError: two settings contradict each other, or one cannot work.
+    """
+    check_paths(config)
+    check_templates(config.data.templates)
+    for source in config.data.sources:
+        check_templates(source.templates, f"data.sources: templates of {source.name}")
+    load_objective(config.objective)
+    if config.data.spectrogram_on == "cpu" and config.model.spectrogram is not None:
+        in_tasks(config.data, config.model.spectrogram)
+    if not config.data.training_sources():
+        raise ConfigError(
+            "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
+        )
+    if config.data.val and "text" not in config.model.towers():
+        raise ConfigError("data.val: scoring compares with text, and the model has no text tower; leave data.val empty")
+    return check_model(config)
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuses relative local paths in a job: they would be looked up in a copy of the working directory."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    paths = [(f"data.{source.name}", path) for source in config.data.training_sources() for path in source.shards]
+    paths += [("data.val", path) for path in config.data.val]
+    for setting, path in [*paths, ("storage", config.storage)]:
+        if "://" not in path and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{setting}: {path!r} is a relative path, which in a submitted job means a temporary copy of your "
+                f"working directory on the cluster; give an absolute path that every node sees: --{setting} /..."
+            )
+
+
+def check_model(config: RunConfig) -> int:
+    """The number of parameters, after a look whether the towers can be built and take a row.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    with torch.device("meta"):  # costs no memory, however large the towers are
+        parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
+    if parameters < _TRIED_PARAMETERS:
+        data = config.data
+        tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
+        ids, lengths = tokenizer(["a song"])
+        row = {
+            "audio": torch.zeros(1, data.crop_samples, dtype=torch.int16),
+            "audio_length": torch.tensor([data.crop_samples], dtype=torch.int32),
+            "text_ids": torch.from_numpy(ids),
+            "text_length": torch.from_numpy(lengths),
+        }
+        try:
+            with torch.inference_mode():
+                MultimodalModel(config)(row)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"the towers cannot take a row of {data.crop_seconds:g} s at {data.sample_rate} Hz ({error}); "
+                "give a longer --data.crop-seconds, or towers with smaller windows and fewer stages"
+            ) from None
+    return parameters
+
+
+def has_begun(config: RunConfig) -> bool:
+    """Whether the run has results that its config and shards must not drift away from."""
+    return committed_step(config) > 0 or (config.folder / MODEL / "config.json").exists()
+
+
+def prepare_folder(config: RunConfig, command: list[str]) -> None:
+    """Makes the run's folder with config.json and run.json, or checks that it is the same run's.
+
+    Raises:
+        CheckpointError: the folder holds a run with another config.
+        ConfigError: the folder cannot be made.
+    """
+    if "://" in config.storage:
+        raise ConfigError(f"storage: {config.storage!r} is a URL; give a folder that every node sees")
+    path = config.folder / "config.json"
+    if has_begun(config):
+        try:
+            there = from_dict(json.loads(path.read_text()), str(path))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is broken ({error}); delete {config.folder}, or give another --name"
+            ) from None
+        changed = differences(there, config)
+        if changed:
+            raise CheckpointError(
+                f"{config.folder} already holds a run with another config ({'; '.join(changed[:4])}"
+                f"{' ...' if len(changed) > 4 else ''}); give another --name, or delete that folder"
+            )
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(to_dict(config), indent=2))
+        record = config.folder / "run.json"
+        started = [datetime.now(UTC).isoformat(timespec="seconds")]
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            started = json.loads(record.read_text())["starts"] + started
+        write_whole(record, json.dumps(provenance(command) | {"started": started[0], "starts": started}, indent=2))
+    except OSError as error:
+        raise ConfigError(
+            f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage"
+        ) from None
+
+
+def provenance(command: list[str]) -> dict[str, Any]:
+    """The command, versions, git commit and machine that a result came from."""
+
+    def commit() -> str | None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            root = Path(__file__).parents[1]
+            head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+            return head.stdout.strip()
+        return None
+
+    versions = {}
+    for package in ("muser_dist", "torch", "torchaudio", "ray", "deepspeed", "transformers", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": " ".join(command),
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | versions,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu},
+    }
+
+
+VAL = SourceConfig("val", ())
+
+
+def find_shards(config: RunConfig, storage: Storage) -> dict[str, list[str]]:
+    """The shards of each training source, and of "val", by name.
+
+    Raises:
+        DataError: a pattern matches nothing.
+    """
+    several = bool(config.data.sources)
+    found = {
+        source.name: storage.expand(source.shards, f"data.sources: {source.name}" if several else "data.train")
+        for source in config.data.training_sources()
+    }
+    if VAL.name in found:
+        raise ConfigError('data.sources: "val" is the name of the validation shards; choose another')
+    return found | {VAL.name: storage.expand(config.data.val, "data.val")}
+
+
+def load_index(config: RunConfig, source: SourceConfig, storage: Storage, urls: list[str]) -> ShardIndex:
+    """The row counts of a source's shards, kept in the run's folder so that its order never changes."""
+    setting = f"data.{source.name}"
+    kept = config.folder / f"{source.name}-index.json"
+    if kept.exists():
+        index = ShardIndex.load(kept)
+        if index.urls == urls:
+            return index
+        if has_begun(config):
+            raise DataError(
+                f"{setting}: {len(urls)} shards match now, but the run began with {len(index)} others; "
+                "its order of rows would change. Bring the shards back, or start a run with another --name"
+            )
+
+    def progress(done: int, of: int) -> None:
+        if done == of or done % max(1, of // 20) == 0:
+            print(f"Counting rows of {setting}: {done}/{of} shards", flush=True)
+
+    index = index_shards(storage, urls, setting, progress)
+    for url, problem in index.problems.items():
+        print(f"Warning: {redact(url)} {problem}; rows that cannot be read will be quarantined", flush=True)
+    index.save(kept)
+    return index
+
+
+def check_rows(config: RunConfig, indices: list[ShardIndex]) -> None:
+    """Raises DataError when the shards cannot fill one global batch."""
+    total = sum(index.total for index in indices)
+    if total < config.train.global_batch:
+        chunk = min(config.train.chunk, max(1, total // 2))
+        raise DataError(
+            f"data.train: {total} rows in {sum(map(len, indices))} shards are fewer than one global batch "
+            f"({config.train.global_batch}); give more data, or --train.chunk {chunk} --train.global-batch "
+            f"{total // chunk * chunk}"
+        )
+
+
+def describe_plan(config: RunConfig, indices: list[ShardIndex], parameters: int) -> str:
+    """One line: what will be trained on what."""
+    t, total = config.train, sum(index.total for index in indices)
+    return (
+        f"{parameters / 1e6:.1f} M parameters, {total:,} rows in {sum(map(len, indices))} shards, "
+        f"{t.steps:,} steps of {t.global_batch} rows ({t.steps * t.global_batch / total:.1f} passes), "
+        f"{t.workers} workers, ZeRO {t.zero_stage}, {t.precision}"
+    )
