@@ -11,7 +11,7 @@ from muser_dist.data.augment import augment
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import DataError
 
-EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "mp4", "aif", "aiff")
+EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "mp4", "aif", "aiff", "au")
 """Extensions of members that are taken for audio."""
 
 MAX_SECONDS = 4 * 3600

@@ -1,17 +1,61 @@
-"""How Ray Data executes the pipeline: order, block size, and a scheduler that does not spin."""
+"""How Ray Data executes the pipeline: order, block size, memory, and a scheduler that does not spin."""
 
 import time
+from collections.abc import Iterable
 
+import pyarrow as pa
 import ray.data
+from ray.data import Datasource, ReadTask
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     ConcurrencyCapBackpressurePolicy,
     DownstreamCapacityBackpressurePolicy,
     ResourceBudgetBackpressurePolicy,
 )
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import PhysicalOperator
+from ray.data.block import BlockMetadata
 
 _PAUSE_SECONDS = 0.02
+
+# Numbers of tasks that wait to be decoded: more than a large pool takes between two looks of the scheduler.
+_NUMBERS_AHEAD = 512
+
+# Ray Data keeps a record of every block of the source from the start; a run has millions of tasks.
+_NUMBERS_PER_BLOCK = 1024
+
+
+class TaskNumbers(Datasource):
+    """The column "id" with 0 to count - 1, one row a block: a decoding task each.
+
+    One paused generator hands them out as they are needed, so the length of a run costs nothing.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all numbers."""
+        return 8 * self.count
+
+    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
+        """Read tasks of a thousand numbers."""
+
+        def task(start: int) -> ReadTask:
+            stop = min(start + _NUMBERS_PER_BLOCK, self.count)
+
+            def read() -> Iterable[pa.Table]:
+                return (pa.table({"id": [number]}) for number in range(start, stop))
+
+            return ReadTask(read, BlockMetadata(stop - start, 8 * (stop - start), None, None))
+
+        return [task(start) for start in range(0, self.count, _NUMBERS_PER_BLOCK)]
+
+    def dataset(self) -> ray.data.Dataset:
+        """The numbers as a dataset that takes no decoding slot."""
+        blocks = -(-self.count // _NUMBERS_PER_BLOCK)
+        return ray.data.read_datasource(self, override_num_blocks=blocks, num_cpus=0, concurrency=1)
 
 
 class _PausesWhenFull:
@@ -33,6 +77,20 @@ class PausingResourceBudget(_PausesWhenFull, ResourceBudgetBackpressurePolicy):
     """Ray's limit by memory, pausing."""
 
 
+class _NumbersOnDemand(BackpressurePolicy):
+    """Takes task numbers from their source only when few are waiting: memory does not limit what is so small."""
+
+    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
+        if not op.name.startswith("Read"):
+            return None
+        waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+        return 0 if waiting >= _NUMBERS_AHEAD else None
+
+
+class PausingNumbersOnDemand(_PausesWhenFull, _NumbersOnDemand):
+    """The same, pausing."""
+
+
 class PausingDownstreamCapacity(_PausesWhenFull, DownstreamCapacityBackpressurePolicy):
     """Ray's limit by what later operators can take, pausing."""
 
@@ -44,7 +102,7 @@ def set_context() -> None:
     context.enable_progress_bars = False
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity],
+        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity, PausingNumbersOnDemand],
     )
 
 

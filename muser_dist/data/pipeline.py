@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 # the pool stays busy.
 ROWS_PER_TASK = 256
 
-# Ray Data keeps a record of every task that makes task numbers; a run has millions of tasks.
-_TASKS_PER_BLOCK = 1024
-
 
 def training_reader(
     config: RunConfig, indices: Sequence[ShardIndex], storage: Storage, val_ids: np.ndarray | None = None
@@ -102,10 +99,9 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     options of muser_dist/data/executor.py, block i goes to split i mod W.
     """
     import pyarrow as pa
-    import ray.data
     from ray.data.extensions import ArrowTensorArray
 
-    from muser_dist.data.executor import set_context
+    from muser_dist.data.executor import TaskNumbers, set_context
 
     first, last = first_step * reader.slots_per_step, steps * reader.slots_per_step
     at_once = max(1, ROWS_PER_TASK // reader.chunk)
@@ -128,6 +124,5 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
                 )
 
     set_context()
-    # `concurrency` keeps Ray from fusing the two: a fused task would be a block's thousand tasks.
-    numbers = ray.data.range(tasks, override_num_blocks=-(-tasks // _TASKS_PER_BLOCK), concurrency=1)
-    return numbers.map_batches(read, batch_size=None, num_cpus=1)
+    # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
+    return TaskNumbers(tasks).dataset().map_batches(read, batch_size=None, num_cpus=1)

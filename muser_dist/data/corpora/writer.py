@@ -1,0 +1,332 @@
+"""Writes tracks as WebDataset shards, in parallel on Ray; a call that was interrupted can be repeated.
+
+    <split>-00000.tar   <key>.<audio extension> (the encoded bytes as they are) and <key>.json of each track
+    muser-index.json    the number of tracks in each shard
+    muser-corpus.json   a hash of what the shards were planned from
+    skipped.jsonl       the tracks that are in no shard, and why
+
+Tracks are shuffled: corpora are sorted by genre, artist or album, and training shuffles inside a
+window of a few shards only. In order, a batch would hold one genre, whose clips are poor negatives
+for each other, and the first rows, which evaluation takes, would be no sample of the whole.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from muser_dist.data.audio import EXTENSIONS
+from muser_dist.data.shards import SIDECAR
+from muser_dist.data.tar import MAX_MEMBER_BYTES, walk
+from muser_dist.errors import ClusterError, DataError
+from muser_dist.files import write_whole
+
+MANIFEST = "muser-corpus.json"
+SKIPPED = "skipped.jsonl"
+
+_NAME_BYTES = 200  # of a key; file systems take 255 for the name with its extension
+
+
+@dataclass(frozen=True)
+class Track:
+    """One row of the corpus.
+
+    Attributes:
+        key: names it among all tracks; made safe and unique as a file name when it is written.
+        audio: the encoded file.
+        metadata: fields for templates, as JSON values; what JSON lacks is written as its str().
+        split: "train", "val" or "test".
+        problem: why it cannot be a row, as far as its reader knows; it is listed as skipped then.
+    """
+
+    key: str
+    audio: Path
+    metadata: dict[str, Any]
+    split: str = "train"
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_tracks` made.
+
+    Attributes:
+        rows: tracks by the name of their shard, in order.
+        skipped: tracks that are in no shard; skipped.jsonl names them.
+    """
+
+    rows: dict[str, int]
+    skipped: int
+
+
+def write_tracks(
+    folder: Path,
+    tracks: Sequence[Track],
+    shard_rows: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Writes all shards that are not there yet, their index and the list of skipped tracks.
+
+    Each shard is one Ray task, on the cluster that RAY_ADDRESS names or on this machine's cores.
+    On a cluster, every node must see the audio and the folder under the same path.
+
+    Args:
+        folder: where they go; made when missing.
+        tracks: the corpus. What has a problem, no file, no bytes or no audio extension is skipped.
+        shard_rows: tracks in a shard; the last one of a split has fewer.
+        seed: decides the order.
+        progress: called with (tracks done, tracks), first when the kept shards are known.
+
+    Raises:
+        DataError: no track can be written, or the folder cannot be written or holds another corpus.
+        ClusterError: no Ray cluster answers at RAY_ADDRESS.
+    """
+    if shard_rows < 1:
+        raise DataError(f"shard_rows is {shard_rows}; a shard holds at least one track")
+    folder = folder.absolute()  # tasks run in other working directories
+    checked = _check(_with_unique_keys(tracks))
+    usable = [track for track in checked if track.problem is None]
+    if not usable:
+        first = f", the first ({checked[0].audio}) because: {checked[0].problem}" if checked else ""
+        raise DataError(f"none of {len(checked)} tracks can be written{first}")
+    shards = _plan(usable, shard_rows, seed)
+    try:
+        _claim(folder, usable, shard_rows, seed)
+        done = sum(len(rows) for name, rows in shards.items() if (folder / name).exists())
+        report = progress or (lambda done, total: None)
+        report(done, len(usable))
+        results: dict[str, list[Track]] = {}
+        for name, skipped, kept in _write_on_ray(folder, shards):
+            results[name] = skipped
+            if not kept:
+                done += len(shards[name])
+                report(done, len(usable))
+        skipped = [track for track in checked if track.problem is not None]
+        skipped += [track for name in shards for track in results[name]]
+        lines = [{"key": track.key, "audio": str(track.audio), "reason": track.problem} for track in skipped]
+        write_whole(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
+        rows = {name: len(shards[name]) - len(results[name]) for name in shards}
+        _write_index(folder, rows)
+    except OSError as error:
+        raise DataError(f"cannot write shards to {folder}: {error.strerror or error}") from None
+    return Written(rows, len(skipped))
+
+
+def write_index(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
+    """Counts the rows of all shards in a folder of this machine and writes their index.
+
+    Args:
+        folder: holds the shards, *.tar.
+        progress: called with (shards done, shards).
+
+    Returns:
+        rows by the name of the shard.
+
+    Raises:
+        DataError: there is no shard, one is damaged, or the folder cannot be read or written.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{folder} holds no shard (*.tar)")
+    rows = {}
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for path, keys in zip(paths, pool.map(_keys, paths), strict=True):
+                rows[path.name] = len(keys)
+                if progress is not None:
+                    progress(len(rows), len(paths))
+        _write_index(folder, rows)
+    except OSError as error:
+        raise DataError(f"cannot index {folder}: {error}") from None
+    return rows
+
+
+def _write_index(folder: Path, rows: dict[str, int]) -> None:
+    write_whole(folder / SIDECAR, json.dumps({"format": 1, "rows": rows}, indent=1))
+
+
+def _keys(shard: Path) -> list[str]:
+    try:
+        with shard.open("rb") as file:
+            return [sample.key for sample in walk(file)]
+    except DataError as error:
+        raise DataError(f"{shard} {error}; take it away or make it anew") from None
+
+
+# --- The plan ---
+
+
+def _with_unique_keys(tracks: Sequence[Track]) -> list[Track]:
+    """Keys become names without dots, slashes or anything else a file system minds; doubles are numbered."""
+    taken: set[str] = set()
+    repeats: Counter[str] = Counter()
+    named = []
+    for track in tracks:
+        stem = re.sub(r"[^\w-]+", "_", track.key).strip("_") or "track"
+        stem = stem.encode(errors="replace")[:_NAME_BYTES].decode(errors="ignore")
+        key = stem
+        while key in taken:
+            repeats[stem] += 1
+            key = f"{stem}-{repeats[stem] + 1}"
+        taken.add(key)
+        named.append(replace(track, key=key, audio=track.audio.absolute()))
+    return named
+
+
+def _check(tracks: list[Track]) -> list[Track]:
+    """The tracks with what is wrong with their files. Threads, because a network file system answers slowly."""
+    with ThreadPoolExecutor(16) as pool:
+        problems = pool.map(lambda track: track.problem or _file_problem(track.audio), tracks)
+        return [replace(track, problem=problem) for track, problem in zip(tracks, problems, strict=True)]
+
+
+def _file_problem(audio: Path) -> str | None:
+    if _extension(audio) not in EXTENSIONS:
+        return f"is no audio file by its extension ({', '.join(EXTENSIONS)})"
+    try:
+        size = audio.stat().st_size
+    except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if not audio.is_file():
+        return "is no file"
+    if size == 0:
+        return "is empty"
+    if size > MAX_MEMBER_BYTES:
+        return f"has {size:,} bytes; rows of more than {MAX_MEMBER_BYTES:,} are not read"
+    return None
+
+
+def _extension(audio: Path) -> str:
+    return audio.suffix[1:].lower()
+
+
+def _plan(tracks: list[Track], shard_rows: int, seed: int) -> dict[str, list[Track]]:
+    """The tracks of each shard, by its name."""
+    shards = {}
+    for split in sorted({track.split for track in tracks}):
+        mine = [track for track in tracks if track.split == split]
+        order = np.random.default_rng(seed).permutation(len(mine))
+        for number, start in enumerate(range(0, len(mine), shard_rows)):
+            shards[f"{split}-{number:05d}.tar"] = [mine[i] for i in order[start : start + shard_rows]]
+    return shards
+
+
+def _claim(folder: Path, tracks: list[Track], shard_rows: int, seed: int) -> None:
+    """Makes the folder this corpus's, or raises DataError where it is another's."""
+    digest = hashlib.sha256(f"{shard_rows} {seed}\n".encode())
+    for track in tracks:
+        row = [track.key, str(track.audio), track.split]
+        digest.update(json.dumps(row).encode() + _encode_metadata(track) + b"\n")
+    content = json.dumps({"format": 1, "tracks": len(tracks), "plan": digest.hexdigest()}) + "\n"
+    manifest = folder / MANIFEST
+    folder.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists():
+        if strangers := sorted(folder.glob("*.tar")):
+            raise DataError(f"{strangers[0]} was there before; choose another folder, or move it away")
+        write_whole(manifest, content)
+    elif manifest.read_text(errors="replace") != content:
+        raise DataError(
+            f"{folder} holds shards of another corpus: tracks, audio files or options changed since {MANIFEST} was "
+            f"written. Choose another folder, or delete this one to make it anew"
+        )
+
+
+# --- The shards ---
+
+
+def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tuple[str, list[Track], bool]]:
+    """Yields what `_write_shard` returned for each shard, after its name, in the order in which they end."""
+    with _connected():
+        task = ray.remote(_write_shard)
+        running = {task.remote(folder / name, tracks): name for name, tracks in shards.items()}
+        try:
+            while running:
+                (ended,), _ = ray.wait(list(running), num_returns=1)
+                name = running.pop(ended)
+                try:
+                    skipped, kept = ray.get(ended)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    raise ClusterError(f"the task that writes {name} died: {error}") from None
+                yield name, skipped, kept
+        finally:  # after an error or Ctrl-C, a cluster that goes on must not
+            for left in running:
+                ray.cancel(left)
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Ray: the one that this process has joined, that of RAY_ADDRESS, or a new one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _write_shard(path: Path, tracks: list[Track]) -> tuple[list[Track], bool]:
+    """Writes one shard, or checks the one that is there.
+
+    Returns:
+        the tracks that it lacks, because their files could not be read; whether it was there.
+    """
+    if path.exists():
+        return _lacking(path, tracks), True
+    skipped = []
+    part = path.with_name(f".{path.name}.part")
+    with tarfile.open(part, "w") as tar:
+        for track in tracks:
+            try:
+                # Whole, so that a file that breaks off leaves no half member behind.
+                audio = track.audio.read_bytes()
+            except OSError as error:
+                skipped.append(replace(track, problem=f"cannot be read: {error.strerror or error}"))
+                continue
+            _add_sample(tar, track.key, {_extension(track.audio): audio, "json": _encode_metadata(track)})
+    part.replace(path)
+    return skipped, False
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    """Adds the members of a key, by extension. Equal content makes equal bytes: no times, no owners."""
+    for extension, content in members.items():
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(content)
+        info.uname = info.gname = "muser"
+        tar.addfile(info, io.BytesIO(content))
+
+
+def _encode_metadata(track: Track) -> bytes:
+    return json.dumps(track.metadata, default=str).encode()
+
+
+def _lacking(path: Path, tracks: list[Track]) -> list[Track]:
+    """The tracks that an existing shard should have and has not; raises DataError when it is not the one planned."""
+    keys = set(_keys(path))
+    lacking = [track for track in tracks if track.key not in keys]
+    if len(keys) + len(lacking) != len(tracks):
+        raise DataError(f"{path} has other tracks than this corpus; delete it and it is made anew")
+    return [replace(track, problem=f"could not be read when {path.name} was written") for track in lacking]

@@ -1,0 +1,88 @@
+"""What docs/data.md tells a user to do: its commands, in order, in a folder with music."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.data.corpora.layouts import LAYOUTS, audio
+from tests.shardmaker import INSTRUMENTS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "data.md"
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A Ray that the commands join, so that not each of them has to start one."""
+    started = not ray.is_initialized()
+    if started:
+        ray.init("local", num_cpus=4, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    if started:
+        ray.shutdown()
+
+
+def make_music(folder: Path) -> None:
+    """What the page assumes: audio files and tracks.csv with the columns that it shows."""
+    (header,) = re.findall(r"```\n(audio,.*)\n", PAGE.read_text())
+    rows = [header.split(",")]
+    for i in range(64):
+        genre = ("rock", "folk")[i % 2]
+        file = audio(folder / genre / f"{i:02d}. Song.{('mp3', 'flac', 'ogg')[i % 3]}", i)
+        name = str(file.relative_to(folder))
+        instrument = "" if i % 8 == 7 else INSTRUMENTS[i % 4]
+        rows.append([name, f"Song {i}", "Ann", genre, instrument, f"Song {i}.", "val" if i % 5 == 4 else "train"])
+    with (folder / "tracks.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_page(address, tmp_path):
+    make_music(tmp_path / "music")
+    for name in ("gtzan", "fma", "magnatagatune", "jamendo"):
+        LAYOUTS[name].make(tmp_path / name)
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-euc", block],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    index = json.loads((tmp_path / "shards" / "muser-index.json").read_text())
+    assert index["rows"] == {"train-00000.tar": 52, "val-00000.tar": 12}
+    assert (tmp_path / "shards" / "skipped.jsonl").read_text() == ""
+    for name in ("gtzan", "fma", "magnatagatune", "jamendo"):
+        index = json.loads((tmp_path / f"{name}-shards" / "muser-index.json").read_text())
+        assert sum(index["rows"].values()) == sum(LAYOUTS[name].rows.values())
+    run = tmp_path / "runs" / "trial"
+    assert (run / "report.html").exists() and (run / "model" / "model.safetensors").exists()
+    assert (run / "quarantine.jsonl").read_text() == ""
+    assert {"genre", "instrument"} <= set(json.loads((run / "evaluation.json").read_text())["zero_shot"])
+
+
+def test_every_command_of_the_page_names_options_that_exist():
+    """Also those that need a cluster or a bucket: each option occurs in the help of its job."""
+    commands = re.findall(r"python (jobs/\w+\.py) (\w+)((?:[^\n`]|\\\n)*)", PAGE.read_text())
+    assert commands
+    helps: dict[tuple[str, str], str] = {}
+    for job, subject, arguments in commands:
+        if (job, subject) not in helps:
+            done = subprocess.run(
+                [sys.executable, job, subject, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            helps[job, subject] = re.sub(r"-\n\s*|[\s│]+", " ", done.stdout)
+        for option in re.findall(r"(?<!\S)--[\w.-]+", arguments):
+            assert option == "--help" or option in helps[job, subject], f"{job} {subject} has no {option}"
