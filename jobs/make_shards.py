@@ -11,8 +11,6 @@ one stopped. It runs on this machine's cores, or on the Ray cluster that RAY_ADD
 """
 
 import shlex
-import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from muser_dist.cli import main
+from muser_dist.cli import Progress, main
 from muser_dist.errors import MuserError
 
 if TYPE_CHECKING:
@@ -212,27 +210,6 @@ class Index:
 
         rows = write_index(self.folder, Progress("shards"))
         print(f"{self.folder / SIDECAR}: {sum(rows.values()):,} rows in {len(rows):,} shards")
-
-
-class Progress:
-    """Shows on stderr how many of the pieces are there, and the time that the others will take."""
-
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
-        self.started: float | None = None
-        self.kept = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.started is None:  # what an earlier run made says nothing about the speed
-            self.started, self.kept = now, done
-        line = f"{done:,} of {total:,} {self.unit}"
-        if self.kept < done < total:
-            line += f", {(now - self.started) * (total - done) / (done - self.kept):.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r{line}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
 
 
 COMMANDS = {

@@ -1,6 +1,7 @@
-"""The command line of jobs: a recipe's config with overrides, and errors in one line."""
+"""The command line of jobs: a recipe's config with overrides, progress, and errors in one line."""
 
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -28,6 +29,27 @@ def main(job: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+class Progress:
+    """Shows on stderr how many of the pieces are there, and the time that the others will take."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.started: float | None = None
+        self.kept = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.started is None:  # what an earlier run made says nothing about the speed
+            self.started, self.kept = now, done
+        line = f"{done:,} of {total:,} {self.unit}"
+        if self.kept < done < total:
+            line += f", {(now - self.started) * (total - done) / (done - self.kept):.0f} s left"
+        if sys.stderr.isatty():
+            print(f"\r{line}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 _FILES = ConstructorRegistry()
@@ -74,6 +96,7 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
         prog=f"{program} {recipe}",
         registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
-        description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped.",
+        description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped. "
+        "With --digest it only prints a SHA-256 over (step, chunk, key, crop) of all rows that such a run is dealt.",
     )
     return config.named(recipe)

@@ -1,8 +1,11 @@
 """Encoded audio to an int16 mono crop at the run's sample rate."""
 
 import io
+from collections.abc import Callable
+from typing import TypeVar
 
 import av
+import av.container
 import numpy as np
 import soundfile
 import soxr
@@ -25,6 +28,11 @@ _CONTAINERS = (
 
 # Seconds decoded before a crop after a seek: codecs lean on the frames before.
 _RUN_UP = 0.25
+
+# What libsndfile and FFmpeg say of lengths that nobody knows is negative or beyond this.
+_LONGEST_FRAMES = 1 << 62
+
+_T = TypeVar("_T")
 
 
 def decode(data: bytes, config: DataConfig, position: float, seed: int | None = None) -> tuple[np.ndarray, int]:
@@ -84,20 +92,59 @@ def to_int16(waveform: np.ndarray, rate: int, config: DataConfig, seed: int | No
     return result, len(mono)
 
 
+def probe(data: bytes) -> tuple[int, int, float]:
+    """What the headers of an encoded file say; nothing is decoded.
+
+    Returns:
+        rate in Hz, channels, and length in seconds, NaN where the headers do not tell.
+
+    Raises:
+        DataError: neither library knows the format, or the headers cannot be true.
+    """
+
+    def with_libsndfile(file: soundfile.SoundFile) -> tuple[int, int, float]:
+        known = 0 <= file.frames < _LONGEST_FRAMES
+        return file.samplerate, file.channels, file.frames / file.samplerate if known else float("nan")
+
+    def with_ffmpeg(container: av.container.InputContainer) -> tuple[int, int, float]:
+        stream = container.streams.audio[0]
+        _check(stream.rate, stream.channels)
+        seconds = container.duration / av.time_base if container.duration else float("nan")
+        return stream.rate, stream.channels, seconds
+
+    return _open(data, with_libsndfile, with_ffmpeg)
+
+
 def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
     """Decodes the crop alone where the format can seek: (frames, channels) float32 and the rate."""
+
+    def with_libsndfile(file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
+        wanted = round(seconds * file.samplerate)
+        file.seek(round(position * max(0, file.frames - wanted)))
+        return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+
+    return _open(data, with_libsndfile, lambda container: _decode_with_ffmpeg(container, seconds, position))
+
+
+def _open(
+    data: bytes,
+    with_libsndfile: Callable[[soundfile.SoundFile], _T],
+    with_ffmpeg: Callable[[av.container.InputContainer], _T],
+) -> _T:
+    """What is read from a file by libsndfile, or by FFmpeg where libsndfile cannot."""
     if not data:
         raise DataError("empty: the member has no bytes")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             _check(file.samplerate, file.channels)
-            wanted = round(seconds * file.samplerate)
-            file.seek(round(position * max(0, file.frames - wanted)))
-            return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+            return with_libsndfile(file)
     except soundfile.LibsndfileError as error:
         reason = error.error_string
+    # Only containers of sound: a playlist would make FFmpeg open what it names.
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        return _decode_with_ffmpeg(data, seconds, position)
+        with av.open(io.BytesIO(data), mode="r", container_options=options) as container:
+            return with_ffmpeg(container)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise DataError(f"cannot be decoded ({reason} {getattr(error, 'strerror', error)}.)") from None
 
@@ -108,32 +155,31 @@ def _check(rate: int, channels: int) -> None:
         raise DataError(f"claims {rate:,} Hz and {channels:,} channels")
 
 
-def _decode_with_ffmpeg(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
+def _decode_with_ffmpeg(
+    container: av.container.InputContainer, seconds: float, position: float
+) -> tuple[np.ndarray, int]:
     """The crop as (frames,) float32 and its rate, through PyAV."""
-    # Only containers of sound: a playlist would make FFmpeg open what it names.
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    with av.open(io.BytesIO(data), mode="r", container_options=options) as container:
-        stream = container.streams.audio[0]
-        rate = stream.rate
-        _check(rate, stream.channels)
-        wanted = round(seconds * rate)
-        length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        begin = position * max(0.0, length - seconds)  # in seconds; where the length is unknown, see below
-        if begin > _RUN_UP:
-            container.seek(int((begin - _RUN_UP) * av.time_base))
-        mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
-        blocks: list[np.ndarray] = []
-        frames, first = 0, None
-        for frame in container.decode(stream):
-            if first is None:
-                first = frame.time or 0.0
-            for out in mono.resample(frame):
-                blocks.append(out.to_ndarray()[0])
-                frames += len(blocks[-1])
-            if length and frames >= wanted + round((begin - first) * rate):
-                break
-            if frames > MAX_SECONDS * rate:
-                raise DataError(f"is longer than {MAX_SECONDS / 3600:g} hours, and its format cannot seek")
+    stream = container.streams.audio[0]
+    rate = stream.rate
+    _check(rate, stream.channels)
+    wanted = round(seconds * rate)
+    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    begin = position * max(0.0, length - seconds)  # in seconds; where the length is unknown, see below
+    if begin > _RUN_UP:
+        container.seek(int((begin - _RUN_UP) * av.time_base))
+    mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    blocks: list[np.ndarray] = []
+    frames, first = 0, None
+    for frame in container.decode(stream):
+        if first is None:
+            first = frame.time or 0.0
+        for out in mono.resample(frame):
+            blocks.append(out.to_ndarray()[0])
+            frames += len(blocks[-1])
+        if length and frames >= wanted + round((begin - first) * rate):
+            break
+        if frames > MAX_SECONDS * rate:
+            raise DataError(f"is longer than {MAX_SECONDS / 3600:g} hours, and its format cannot seek")
     waveform = np.concatenate(blocks or [np.zeros(0, np.float32)])
     if length:
         start = round(max(0.0, begin - (first or 0.0)) * rate)

@@ -42,19 +42,33 @@ class Decoder:
         Raises:
             DataError: as there; or decoding takes too long, or has killed its process twice.
         """
+        length, samples = self._ask(data, (position, seed))
+        return np.frombuffer(samples, np.int16), int(length)
+
+    def probe(self, data: bytes) -> tuple[int, int, float]:
+        """`audio.probe`.
+
+        Raises:
+            DataError: as there, and as `decode` does.
+        """
+        rate, channels, seconds = self._ask(data, None)[0].split()
+        return int(rate), int(channels), float(seconds)
+
+    def _ask(self, data: bytes, crop: tuple[float, int | None] | None) -> tuple[bytes, bytes]:
+        """Numbers in ASCII and samples: of the crop at a position with a seed, or of the headers when it is None."""
         how = ""
         for _ in range(2):  # once more: memory may have been short for another reason
             try:
-                return self._ask(data, position, seed)
+                return self._ask_once(data, crop)
             except (EOFError, OSError):
                 how = self._bury()
         raise DataError(f"its decoder died twice ({how})")
 
-    def _ask(self, data: bytes, position: float, seed: int | None) -> tuple[np.ndarray, int]:
+    def _ask_once(self, data: bytes, crop: tuple[float, int | None] | None) -> tuple[bytes, bytes]:
         if self._connection is None:
             self._start()
         assert self._connection is not None
-        self._connection.send((position, seed))
+        self._connection.send(crop)
         self._connection.send_bytes(data)
         if not self._connection.poll(SECONDS):
             self._bury()
@@ -63,7 +77,7 @@ class Decoder:
         answer = self._connection.recv_bytes()
         if answer[:1] == b"!":
             raise DataError(answer[1:].decode(errors="replace"))
-        return np.frombuffer(self._connection.recv_bytes(), np.int16), int(answer)
+        return answer, self._connection.recv_bytes()
 
     def _start(self) -> None:
         here, there = Pipe()
@@ -119,17 +133,21 @@ def _serve(connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     config = connection.recv()
     while True:
-        position, seed = connection.recv()
+        crop = connection.recv()
         data = connection.recv_bytes()
         try:
-            waveform, length = audio.decode(data, config, position, seed)
+            if crop is None:
+                numbers, samples = audio.probe(data), memoryview(b"")
+            else:
+                waveform, length = audio.decode(data, config, *crop)
+                numbers, samples = (length,), waveform.data
         except DataError as error:
             connection.send_bytes(f"!{error}".encode(errors="replace"))
         except Exception as error:  # whatever it is, one row must not end the run
             connection.send_bytes(f"!{type(error).__name__}: {error}".encode(errors="replace"))
         else:
-            connection.send_bytes(str(length).encode())
-            connection.send_bytes(waveform.data)
+            connection.send_bytes(" ".join(map(str, numbers)).encode())
+            connection.send_bytes(samples)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from muser_dist.config import RunConfig
-from muser_dist.data.chunks import Chunk, ChunkReader
+from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_digest
 from muser_dist.data.config import SourceConfig
 from muser_dist.data.leakage import row_ids
 from muser_dist.data.plan import Plan
@@ -90,6 +90,19 @@ def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:
                 continue  # evaluation says what is wrong with it
         rows -= min(count, rows)
     return np.unique(np.concatenate(ids))
+
+
+def plan_digest(reader: ChunkReader, steps: int) -> str:
+    """The digest that a run of so many steps must end with, from the headers of the shards alone.
+
+    It equals "digest" in metrics.jsonl where every row was delivered in its place.
+    """
+    digest = ""
+    for step in range(steps):
+        for number in range(reader.chunks_per_step):
+            outline = reader.outline(step * reader.slots_per_step + number)
+            digest = chain_digest(digest, chunk_digest(step, number, outline.keys, outline.crop))
+    return digest
 
 
 def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.Dataset":

@@ -121,7 +121,7 @@ def _walk(storage: Storage, url: str) -> _Shard:
     file: BinaryIO | None = None
     end = "the shard holds fewer samples than its index says"
     try:
-        file = storage.local(url).open("rb")
+        file = storage.open(url)
         for sample in walk(file):  # one at a time: the samples before a damage count
             samples.append(sample)
     except DataError as error:

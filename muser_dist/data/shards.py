@@ -135,7 +135,7 @@ def _read_sidecar(storage: Storage, folder: str) -> dict[str, int]:
 def _count(storage: Storage, url: str) -> tuple[int, str | None]:
     rows = 0
     try:
-        with storage.local(url).open("rb") as file:
+        with storage.open(url) as file:
             for _ in walk(file):
                 rows += 1
     except DataError as error:

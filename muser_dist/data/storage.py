@@ -5,6 +5,7 @@ first byte that is missing. Its copy serves all tasks of the node and all passes
 until the cache is full and it is the one not used for longest.
 """
 
+import contextlib
 import fnmatch
 import glob
 import hashlib
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import fsspec.asyn
@@ -39,6 +40,9 @@ _LONGEST_PAUSE = 30.0
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
 _LOCKS = 256
+
+# Seconds without a new byte after which no process is fetching any more.
+_ABANDONED = 3600.0
 
 
 def redact(text: str) -> str:
@@ -177,16 +181,21 @@ class Storage:
         except _PERMANENT:
             return None  # there is none, or the storage does not say whether there is one
 
-    def local(self, url: str) -> Path:
-        """A local path of a shard: its own, or that of the copy, which is fetched when there is none.
+    def open(self, url: str) -> BinaryIO:
+        """A shard, opened: the file itself, or a local copy, which is fetched when there is none.
 
         Raises:
             DataError: the shard cannot be fetched; the message says why, without secrets.
+            OSError: a local shard cannot be opened.
         """
-        if "://" not in url:
-            return Path(url)
-        if url.startswith("file://"):
-            return Path(url.removeprefix("file://"))
+        if "://" not in url or url.startswith("file://"):
+            return open(url.removeprefix("file://"), "rb")
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # another task made room; fetch it again
+                return self._copy(url).open("rb")
+
+    def _copy(self, url: str) -> Path:
+        """The local copy of a remote shard."""
         try:
             fs, path = self._filesystem(url, url)
             info = self._patiently(lambda: fs.info(path))
@@ -200,8 +209,11 @@ class Storage:
             self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             with FileLock(self.cache / f"lock-{int(name[:8], 16) % _LOCKS:03d}"):
                 if not copy.exists():
+                    self._make_room(size)
                     self._fetch(fs, path, size, copy)
-            os.utime(copy)  # used now: the last to make room
+                    self._make_room(0, keep=copy)  # others may have been fetched meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(copy)  # used now: the last to make room
             return copy
         except _PERMANENT as error:
             raise DataError(f"cannot be fetched: {redact(str(error)) or type(error).__name__}") from None
@@ -210,7 +222,6 @@ class Storage:
 
     def _fetch(self, fs: Any, path: str, size: int, copy: Path) -> None:
         """Appends the blocks that are missing to the part that is there, perhaps from a process that died."""
-        self._make_room(size)
         part = copy.with_suffix(".part")
         with part.open("ab") as file:
             while (start := file.tell()) < size:
@@ -223,7 +234,8 @@ class Storage:
                 file.write(block)
         part.replace(copy)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, keep: Path | None = None) -> None:
+        """Removes the copies that were not used for longest, until `size` bytes more fit."""
         files = []
         for file in self.cache.glob("*.*"):
             try:
@@ -232,9 +244,11 @@ class Storage:
             except FileNotFoundError:  # another task made room
                 continue
         total = sum(length for _, length, _ in files) + size
-        for _, length, file in sorted(files):
+        for used, length, file in sorted(files):
             if total <= self.cache_bytes:
                 break
+            if file == keep or (file.suffix == ".part" and time.time() - used < _ABANDONED):
+                continue
             file.unlink(missing_ok=True)  # who reads it just now goes on reading
             total -= length
 

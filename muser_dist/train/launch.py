@@ -19,8 +19,8 @@ import ray.train.torch
 from muser_dist.config import RunConfig, to_dict
 from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.executor import execution_options
-from muser_dist.data.pipeline import known_ids, ray_dataset, training_reader
-from muser_dist.data.shards import ShardIndex
+from muser_dist.data.pipeline import known_ids, plan_digest, ray_dataset, training_reader
+from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ClusterError, DataError, MuserError
 from muser_dist.evaluate.evaluator import describe, evaluate
@@ -29,7 +29,7 @@ from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 from muser_dist.train.checkpoint import committed_step
 from muser_dist.train.loop import MODEL, STOPPED, train_worker
-from muser_dist.train.metrics import live_line
+from muser_dist.train.metrics import METRICS, last_line, live_line
 from muser_dist.train.preflight import (
     VAL,
     check_rows,
@@ -41,6 +41,23 @@ from muser_dist.train.preflight import (
 )
 
 EVALUATION = "evaluation.json"
+
+
+def print_digest(config: RunConfig) -> None:
+    """Prints the digest of the rows that a run of this config is dealt, without a step of it.
+
+    Raises:
+        MuserError: as `pretrain`.
+    """
+    check_settings(config)
+    storage = Storage.of(config.data)
+    shards = find_shards(config, storage)
+    indices = [
+        index_shards(storage, shards[source.name], f"data.{source.name}") for source in config.data.training_sources()
+    ]
+    print(plan_digest(training_reader(config, indices, storage), config.train.steps))
+    if (line := last_line(config.folder / METRICS)) is not None:
+        print(f"{line['digest']} delivered up to step {line['step']:,} of {config.train.steps:,} by {config.folder}")
 
 
 def pretrain(config: RunConfig, command: list[str]) -> Path:

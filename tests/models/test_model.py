@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from muser_dist.config import TemperatureConfig, TowerConfig
+from muser_dist.data.spectrogram import LogMel
 from muser_dist.errors import ConfigError
 from muser_dist.models.heads import Temperature, masked_mean
 from muser_dist.models.model import MultimodalModel
-from muser_dist.data.spectrogram import LogMel
 from tests.small import small_config
 
 
