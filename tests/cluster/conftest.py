@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from tests.cluster.plugins import ARMED
+from tests.fatal import install
 from tests.shardmaker import bad_samples, sample, write_shard
 
 CPUS = 4
@@ -18,6 +19,8 @@ def cluster(tmp_path_factory) -> Iterator[Path]:
     """Starts Ray; gives the folder in which tests arm objectives of plugins.py."""
     os.environ["RAY_ADDRESS"] = "local"
     os.environ[ARMED] = str(tmp_path_factory.mktemp("armed"))
+    fatal = install(tmp_path_factory.mktemp("fatal"))  # for the decoders of this cluster's tasks
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(fatal), os.environ.get("PYTHONPATH")]))
     ray.init("local", num_cpus=CPUS, log_to_driver=False)
     yield Path(os.environ[ARMED])
     ray.shutdown()

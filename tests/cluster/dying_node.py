@@ -1,0 +1,58 @@
+"""Reads an epoch on a cluster of three raylets, one of which is killed in the middle; writes what came."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from muser_dist.data import pipeline
+from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_digest
+from muser_dist.data.executor import execution_options
+from tests.small import reader_of, small_config
+
+ROWS, CHUNK = 1024, 8
+
+
+class Telling(ChunkReader):
+    """A reader whose chunks tell, in place of their source, which node decoded them."""
+
+    def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
+        for chunk in super().read(slots):
+            yield chunk | {"source": [ray.get_runtime_context().get_node_id()] * CHUNK}
+
+
+def main(pattern: str, result: str) -> None:
+    fast = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 2}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "_system_config": fast | {"health_check_initial_delay_ms": 0}},
+    )
+    victim, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    pipeline.ROWS_PER_TASK = 32  # many tasks, so that both nodes have some
+    config = small_config(train={"global_batch": 64, "chunk": CHUNK, "samples": ROWS})
+    reader = reader_of(config, pattern)
+    planned = pipeline.plan_digest(reader, config.train.steps)
+    reader.__class__ = Telling
+    dataset = pipeline.ray_dataset(reader, 0, config.train.steps)
+    dataset.context.execution_options = execution_options(256)
+    (shard,) = dataset.streaming_split(1, equal=True)
+    digest, decoded_by, died_after = "", [], None
+    for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+        chunk = {name: column[0] for name, column in block.items()}
+        moment = int(chunk["step"]), int(chunk["chunk"])
+        digest = chain_digest(digest, chunk_digest(*moment, list(chunk["key"]), chunk["crop"]))
+        decoded_by.append(chunk["source"][0])
+        if died_after is None and victim.node_id in decoded_by:
+            died_after = len(decoded_by)
+            cluster.remove_node(victim, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+    outcome = {"chunks": len(decoded_by), "died_after": died_after, "delivered": digest, "planned": planned}
+    Path(result).write_text(json.dumps(outcome))  # not printed: Ray prints the log of a raylet that dies
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
