@@ -137,16 +137,16 @@ def _serve(connection: Connection) -> None:
         data = connection.recv_bytes()
         try:
             if crop is None:
-                numbers, samples = audio.probe(data), memoryview(b"")
+                numbers, samples = " ".join(map(str, audio.probe(data))), memoryview(b"")
             else:
                 waveform, length = audio.decode(data, config, *crop)
-                numbers, samples = (length,), waveform.data
+                numbers, samples = str(length), waveform.data
         except DataError as error:
             connection.send_bytes(f"!{error}".encode(errors="replace"))
         except Exception as error:  # whatever it is, one row must not end the run
             connection.send_bytes(f"!{type(error).__name__}: {error}".encode(errors="replace"))
         else:
-            connection.send_bytes(" ".join(map(str, numbers)).encode())
+            connection.send_bytes(numbers.encode())
             connection.send_bytes(samples)
 
 

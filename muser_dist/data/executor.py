@@ -22,7 +22,7 @@ _PAUSE_SECONDS = 0.02
 _NUMBERS_AHEAD = 512
 
 # Ray Data keeps a record of every block of the source from the start; a run has millions of tasks.
-_NUMBERS_PER_BLOCK = 1024
+_NUMBERS_PER_BLOCK = 8192
 
 
 class TaskNumbers(Datasource):
@@ -40,7 +40,7 @@ class TaskNumbers(Datasource):
         return 8 * self.count
 
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        """Read tasks of a thousand numbers."""
+        """Read tasks of some thousand numbers each."""
 
         def task(start: int) -> ReadTask:
             stop = min(start + _NUMBERS_PER_BLOCK, self.count)
