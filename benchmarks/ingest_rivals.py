@@ -167,7 +167,7 @@ def _count(shard: str) -> int:
 
 
 def usual_stack(setting: Setting) -> Iterator[int]:
-    """WebDataset and DataLoader; decodes and resamples whole clips, then crops, as CLAP trainers do."""
+    """WebDataset and DataLoader; decodes and resamples whole clips, crops, makes mels, as CLAP trainers do."""
     import soundfile
     import torch
     import torchaudio
@@ -178,12 +178,14 @@ def usual_stack(setting: Setting) -> Iterator[int]:
     def resampler(rate: int) -> torchaudio.transforms.Resample:
         return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
+    mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=1024, hop_length=320, n_mels=64)
+
     def decode(metadata: bytes, sound: bytes) -> tuple[torch.Tensor, str]:
         waveform, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
         mono = resampler(rate)(torch.from_numpy(waveform.mean(axis=1)))
         start = rng.integers(max(1, len(mono) - SAMPLES + 1))
-        crop = mono[start : start + SAMPLES]
-        return torch.nn.functional.pad(crop, (0, SAMPLES - len(crop))), json.loads(metadata)["caption"]
+        crop = torch.nn.functional.pad(mono[start : start + SAMPLES], (0, max(0, start + SAMPLES - len(mono))))
+        return mel(crop), json.loads(metadata)["caption"]
 
     return _webdataset(setting, decode)
 
