@@ -25,6 +25,8 @@ import numpy as np
 from ingest_page import page
 from ingest_rivals import BATCH, CONTESTANTS
 
+from muser_dist.data.decoder import MALLOC
+
 FORMATS = ("mp3", "flac", "ogg")
 RATE = 44_100
 CLIP_SECONDS = 30.0
@@ -38,7 +40,8 @@ SLOW_STORE_MB = 512
 """Object store under the slow consumer: so small that it is full before the measured time begins."""
 
 # Without it, libraries in each of the decoding processes would start as many threads as there are cores.
-ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+# For all contestants the memory setting that our decoder makes for itself: it is no merit of a framework.
+ENVIRONMENT = MALLOC | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 @dataclass(frozen=True)

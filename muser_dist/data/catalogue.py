@@ -18,9 +18,9 @@ import numpy as np
 from muser_dist.data import fingerprint
 from muser_dist.data.config import DataConfig
 from muser_dist.data.decoder import decoder
-from muser_dist.data.leakage import row_ids
+from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.rows import Row, RowReader
-from muser_dist.data.shards import ShardIndex, _read_sidecar
+from muser_dist.data.shards import ShardIndex, read_sidecar
 from muser_dist.data.storage import Storage
 from muser_dist.data.tar import walk
 from muser_dist.data.text import TextPolicy, check_templates, read_fields, text_id
@@ -146,7 +146,7 @@ def scan(
         ConfigError: a template is malformed.
     """
     check_templates(templates, "templates")
-    sidecars = {folder: _read_sidecar(storage, folder) for folder in {url.rpartition("/")[0] for url in urls}}
+    sidecars = {folder: read_sidecar(storage, folder) for folder in {url.rpartition("/")[0] for url in urls}}
     policy = TextPolicy(DataConfig(templates=templates), templates)
     most = None if rows is None else -(-rows // len(urls))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -245,13 +245,12 @@ class _Found:
         self.usable += heard and stated
 
     def _hear(self, row: Row) -> None:
-        sound = row.read(row.audio)
-        if row.audio is None or sound is None:
-            raise DataError("no audio member")
-        self.file[-1] = next(iter(row_ids(sound, {}).tolist()), -1)
         isolated = decoder(_EXCERPT)
+        # Probing and decoding each read from the memory, and decoding overwrites it.
+        sound = bytes(row.read_audio(isolated.memory))
+        self.file[-1] = file_id(sound)
         rate, channels, self.seconds[-1] = isolated.probe(sound)
-        self.formats[row.audio, rate, channels] += 1
+        self.formats[row.audio or "", rate, channels] += 1
         waveform, length = isolated.decode(sound, 0.5, None)
         self.prints[-1] = fingerprint.fingerprint(waveform[:length])
 
@@ -263,7 +262,7 @@ class _Found:
         number = len(self.file) - 1
         for name, value in entries(values):
             self.fields.setdefault(name, []).append((number, value_id(value)))
-        self.title[-1] = next(iter(row_ids(None, values).tolist()), -1)
+        self.title[-1] = next(iter(title_id(values)), -1)
         _, facts = policy.say(values, None)
         self.text[-1] = text_id(facts)
 

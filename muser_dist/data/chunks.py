@@ -20,7 +20,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     text_length      int32 (c,)
     text_id          int64 (c,)      which texts state the same facts; -1 where there is none
     in_val           bool  (c,)      same audio or same title as a validation row
-    fields           str   (c,)      metadata as JSON, for evaluation
+    fields           str   (c,)      metadata as JSON; in evaluation only
     problems         list of str     JSON entries for the quarantine
     seconds          float64 ()      time that reading and decoding took
 """
@@ -36,10 +36,9 @@ from typing import Any
 import numpy as np
 
 from muser_dist.config import ModelConfig
-from muser_dist.data import audio
 from muser_dist.data.config import DataConfig, SourceConfig
 from muser_dist.data.decoder import decoder
-from muser_dist.data.leakage import row_ids
+from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
 from muser_dist.data.text import TextPolicy, flat, load_tokenizer, read_fields, text_id
@@ -105,7 +104,7 @@ class ChunkReader:
         chunk: rows in a chunk (c).
         chunks_per_step: chunks in a global batch (K).
         slots_per_step: K padded to a multiple of the number of workers.
-        val_ids: (n,) int64, sorted: what `row_ids` gives for the validation rows.
+        val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
     """
 
     def __init__(
@@ -182,6 +181,8 @@ class ChunkReader:
         heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
+        isolated = decoder(data)
+        policies = [TextPolicy(data, source.templates or data.templates) for source in self.sources]
         hears = "audio" in self.modalities or "spectrogram" in self.modalities
         for i, row in enumerate(outline.found):
             if row is None:
@@ -204,13 +205,13 @@ class ChunkReader:
             if row.problem is not None:
                 report("", row.problem)
                 continue
-            sound: bytes | None = None
+            ids: list[int] = []
             if hears:
                 try:
-                    sound = row.read(row.audio)
-                    if sound is None:
-                        raise DataError(f"no audio member ({', '.join(audio.EXTENSIONS)})")
-                    waveforms[i], lengths[i] = decoder(data).decode(sound, float(outline.crop[i]), seed)
+                    sound = row.read_audio(isolated.memory)
+                    if len(self.val_ids):
+                        ids.append(file_id(sound))
+                    waveforms[i], lengths[i] = isolated.decode(sound, float(outline.crop[i]), seed)
                     heard[i] = True
                 except Exception as error:  # whatever it is, one row must not end the run
                     report(row.audio or "", _reason(error))
@@ -220,15 +221,15 @@ class ChunkReader:
                     raise DataError("no .json and no .txt member")
                 values = read_fields(metadata, text)
                 if len(self.val_ids):
-                    in_val[i] = np.isin(row_ids(sound, values), self.val_ids).any()
-                fields[i] = json.dumps(flat(values))
-                policy = TextPolicy(data, source.templates or data.templates)
-                sentences[i], facts = policy.say(values, rng)
+                    in_val[i] = np.isin([*ids, *title_id(values)], self.val_ids).any()
+                if not self.plan.shuffle:
+                    fields[i] = json.dumps(flat(values))
+                sentences[i], facts = policies[outline.rows.source[i]].say(values, rng)
                 text_ids[i] = text_id(facts)
                 stated[i] = True
             except Exception as error:
                 report("json" if "json" in row.extensions else "", _reason(error))
-        ids, id_lengths = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
+        token_ids, token_counts = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
         chunk: Chunk = {
             "step": np.int64(outline.step),
             "chunk": np.int64(outline.chunk),
@@ -240,8 +241,8 @@ class ChunkReader:
             "crop": outline.crop,
             "audio_length": lengths,
             "text": sentences,
-            "text_ids": ids,
-            "text_length": id_lengths,
+            "text_ids": token_ids,
+            "text_length": token_counts,
             "text_id": text_ids,
             "in_val": in_val,
             "fields": fields,

@@ -100,6 +100,7 @@ def set_context() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
         [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity, PausingNumbersOnDemand],

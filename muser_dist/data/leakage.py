@@ -4,30 +4,29 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from muser_dist.data.text import flat, normal_form
 
 # Enough of a file to tell it from others; hashing all of it would cost a tenth of decoding it.
 _PROBE_BYTES = 4096
 
 
-def row_ids(sound: bytes | None, fields: Mapping[str, Any]) -> np.ndarray:
-    """What two rows share when they hold the same file, or works of the same title by the same artist.
+def file_id(sound: bytes | memoryview) -> int:
+    """An id in [0, 2^63) of an encoded file, equal for equal files."""
+    half = len(sound) // 2
+    probes = bytes(sound[half : half + _PROBE_BYTES]), bytes(sound[-_PROBE_BYTES:])
+    return _id(b"audio", str(len(sound)).encode(), *probes)
 
-    Args:
-        sound: the encoded audio.
-        fields: the metadata, of which "title" and "artist" are looked at.
 
-    Returns:
-        (0 to 2,) int64 in [0, 2^63).
+def title_id(fields: Mapping[str, Any]) -> list[int]:
+    """An id in [0, 2^63) of a work, equal for works of the same "title" by the same "artist".
+
+    Without an artist, works of the same title count as the same; without a title there is none.
     """
-    facts = []
-    if sound:
-        half = len(sound) // 2
-        facts.append(b"audio" + str(len(sound)).encode() + sound[half : half + _PROBE_BYTES] + sound[-_PROBE_BYTES:])
     lines = flat({name: fields[name] for name in ("title", "artist") if name in fields})
-    if "title" in lines:
-        facts.append("\n".join(["title", normal_form(lines["title"]), normal_form(lines.get("artist", ""))]).encode())
-    ids = [int.from_bytes(hashlib.blake2b(fact, digest_size=8).digest(), "big") >> 1 for fact in facts]
-    return np.array(ids, np.int64)
+    if "title" not in lines:
+        return []
+    return [_id(b"title", *(normal_form(lines.get(name, "")).encode() for name in ("title", "artist")))]
+
+
+def _id(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(b"\n".join(parts), digest_size=8).digest(), "big") >> 1

@@ -3,6 +3,7 @@
 Ray Data reads and decodes in tasks and deals chunk j of a step to worker j mod W.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_digest
 from muser_dist.data.config import SourceConfig
-from muser_dist.data.leakage import row_ids
+from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan
 from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex
@@ -54,7 +55,7 @@ def training_reader(
         shuffle=True,
     )
     return ChunkReader(
-        RowReader(ShardIndex.join(list(indices)), storage),
+        RowReader(ShardIndex.join(list(indices)), storage, kept=2 * data.window_shards * len(sources)),
         plan,
         sources,
         data,
@@ -79,17 +80,22 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage) ->
 
 
 def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:
-    """The ids of the first rows of some shards, sorted, by which training finds them again."""
-    reader, ids = RowReader(index, storage), [np.zeros(0, np.int64)]
+    """Ids (file_id, title_id) of the first rows of some shards, sorted, by which training finds them again."""
+    reader = RowReader(index, storage)
+    ids: set[int] = set()
     for shard, count in enumerate(index.rows.tolist()):
         for number in range(min(count, rows)):
             row = reader.row(shard, number)
-            try:
-                ids.append(row_ids(row.read(row.audio), read_fields(row.read("json"), None)))
-            except DataError:
-                continue  # evaluation says what is wrong with it
+            with contextlib.suppress(DataError, OSError):  # evaluation says what is wrong with it
+                ids.add(file_id(row.read_audio(_new_memory)))
+            with contextlib.suppress(DataError, OSError):
+                ids.update(title_id(read_fields(row.read("json"), None)))
         rows -= min(count, rows)
-    return np.unique(np.concatenate(ids))
+    return np.array(sorted(ids), np.int64)
+
+
+def _new_memory(size: int) -> memoryview:
+    return memoryview(bytearray(size))
 
 
 def plan_digest(reader: ChunkReader, steps: int) -> str:

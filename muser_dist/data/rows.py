@@ -1,8 +1,10 @@
 """The compressed members of a row, found by the shard's headers and read when they are wanted."""
 
+import os
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from muser_dist.data.audio import EXTENSIONS
@@ -11,8 +13,8 @@ from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Member, Sample, read_member, walk
 from muser_dist.errors import DataError
 
-# Shards whose headers and open files a process keeps: consecutive tasks read the same windows.
-_KEPT_SHARDS = 32
+# Seconds after which a shard that could not be opened is tried again: the network may be back.
+_FAILED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,28 @@ class Row:
         """Extensions of its members."""
         return list(self._members or {})
 
-    def read(self, extension: str | None) -> bytes | None:
+    def read(self, extension: str) -> bytes | None:
         """The bytes of a member; None where there is none.
 
         Raises:
             DataError: the shard ends inside it.
         """
-        member = (self._members or {}).get(extension or "")
-        return read_member(self._file, member) if member and self._file else None
+        member = (self._members or {}).get(extension)
+        return bytes(read_member(self._file, member)) if member and self._file else None
+
+    def read_audio(self, into: Callable[[int], memoryview]) -> memoryview:
+        """The bytes of its audio.
+
+        Args:
+            into: gives memory of a size, such as `Decoder.memory`.
+
+        Raises:
+            DataError: it has none, or the shard ends inside it.
+        """
+        member = (self._members or {}).get(self.audio or "")
+        if not member or not self._file:
+            raise DataError(f"no audio member ({', '.join(EXTENSIONS)})")
+        return read_member(self._file, member, into(member.size))
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class _Shard:
     file: BinaryIO | None
     samples: list[Sample]
     end: str
+    since: float
 
 
 class RowReader:
@@ -65,22 +82,27 @@ class RowReader:
     Args:
         index: the shards.
         storage: where they are read from.
+        kept: shards whose headers and open files this process keeps; consecutive tasks read the
+            same windows, so it should be those of two.
     """
 
-    def __init__(self, index: ShardIndex, storage: Storage) -> None:
+    def __init__(self, index: ShardIndex, storage: Storage, kept: int = 32) -> None:
         self.index = index
         self.storage = storage
+        self.kept = kept
 
     def row(self, shard: int, number: int) -> Row:
         """A row of a shard, both by number; what is wrong with it is its `problem`."""
         url = self.index.url(shard)
         name = redact(url)
-        opened = _open(self.storage, url)
+        opened = self._open(url)
         if number >= len(opened.samples):
             return Row(name, problem=opened.end)
         sample = opened.samples[number]
         # The last extension decides, so that stems with dots ("01. Song.mp3") find their members.
+        # Among several, the one that has no other extension before it.
         members = {extension.rpartition(".")[2]: member for extension, member in sample.members.items()}
+        members |= sample.members
         sounds = [name for name in sample.members if name.rpartition(".")[2] in EXTENSIONS]
         problem = sample.problem
         if problem is None and len(sounds) > 1:
@@ -88,32 +110,29 @@ class RowReader:
         audio = sounds[0].rpartition(".")[2] if sounds else None
         return Row(name, sample.key, sample.offset, audio, problem, members, opened.file)
 
+    def _open(self, url: str) -> _Shard:
+        key: object = url
+        if "://" not in url:
+            try:  # another file under the same name is another shard
+                stat = os.stat(url)
+                key = (url, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            except OSError:
+                key = (url, "missing")
+        shard = _opened.get(key)
+        if shard is None or (shard.file is None and time.monotonic() - shard.since > _FAILED_SECONDS):
+            shard = _opened[key] = _walk(self.storage, url)
+        _opened.move_to_end(key)
+        while len(_opened) > self.kept:
+            _opened.popitem(last=False)  # its file is closed when the last row of it is gone
+        return shard
+
     def surplus(self, shard: int) -> int:
         """Samples of the shard beyond what the index counts; they are not used."""
-        return max(0, len(_open(self.storage, self.index.url(shard)).samples) - int(self.index.rows[shard]))
+        return max(0, len(self._open(self.index.url(shard)).samples) - int(self.index.rows[shard]))
 
 
 _opened: OrderedDict[object, _Shard] = OrderedDict()
 """The shards that this process read last; of the process, because tasks come and go in it."""
-
-
-def _open(storage: Storage, url: str) -> _Shard:
-    key: object = url
-    if "://" not in url:
-        try:  # another file under the same name is another shard
-            stat = Path(url).stat()
-            key = (url, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            key = (url, "missing")
-    if key in _opened:
-        _opened.move_to_end(key)
-        return _opened[key]
-    _opened[key] = _walk(storage, url)
-    while len(_opened) > _KEPT_SHARDS:
-        _, oldest = _opened.popitem(last=False)
-        if oldest.file:
-            oldest.file.close()
-    return _opened[key]
 
 
 def _walk(storage: Storage, url: str) -> _Shard:
@@ -128,4 +147,4 @@ def _walk(storage: Storage, url: str) -> _Shard:
         end = f"the shard {error}"
     except OSError as error:
         end = f"the shard cannot be read: {error}"
-    return _Shard(file, samples, end)
+    return _Shard(file, samples, end, time.monotonic())

@@ -94,7 +94,7 @@ def index_shards(
         DataError: a file is no tar at all. (A shard that breaks off later is counted as far as
             it goes; the break is in `problems`.)
     """
-    sidecars = {folder: _read_sidecar(storage, folder) for folder in {_folder(url) for url in urls}}
+    sidecars = {folder: read_sidecar(storage, folder) for folder in {_folder(url) for url in urls}}
     known = {url: sidecars[_folder(url)].get(url.rpartition("/")[2]) for url in urls}
     uncounted = [url for url in urls if known[url] is None]
     problems: dict[str, str] = {}
@@ -102,6 +102,7 @@ def index_shards(
         counts = pool.map(lambda url: _count(storage, url), uncounted)
         for done, (url, (rows, problem)) in enumerate(zip(uncounted, counts, strict=True), start=1):
             if problem is not None and rows == 0:
+                pool.shutdown(wait=False, cancel_futures=True)  # the others need not be counted to say so
                 raise DataError(f"{setting}: {redact(url)} {problem}; take it out of the pattern or fetch it again")
             if problem is not None:
                 problems[url] = problem
@@ -117,7 +118,12 @@ def _folder(url: str) -> str:
     return url.rpartition("/")[0]
 
 
-def _read_sidecar(storage: Storage, folder: str) -> dict[str, int]:
+def read_sidecar(storage: Storage, folder: str) -> dict[str, int]:
+    """The row counts by file name that lie beside the shards of a folder; empty where there are none.
+
+    Raises:
+        DataError: the file is broken.
+    """
     path = f"{folder}/{SIDECAR}" if folder else SIDECAR
     content = storage.read(path)
     if content is None:

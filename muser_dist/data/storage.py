@@ -39,6 +39,8 @@ _LONGEST_PAUSE = 30.0
 # Trying again does not mend these.
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
+_HOPELESS = ("NoCredentialsError", "ProfileNotFound", "PartialCredentialsError")  # botocore's, which may be absent
+
 _LOCKS = 256
 
 # Seconds without a new byte after which no process is fetching any more.
@@ -89,7 +91,7 @@ class Storage:
             if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
                 raise ConfigError(f'data.storage_options: {path} must hold {{"PROTOCOL": {{"ARGUMENT": value}}}}')
         user = os.getuid() if hasattr(os, "getuid") else "user"
-        cache = Path(config.cache_folder or f"{tempfile.gettempdir()}/muser-cache-{user}")
+        cache = Path(config.cache_folder or f"{tempfile.gettempdir()}/muser-cache-{user}").absolute()
         return Storage(options, cache, round(config.cache_gib * (1 << 30)), config.read_timeout)
 
     # --- Finding shards ---
@@ -107,10 +109,10 @@ class Storage:
         urls: set[str] = set()
         folders: dict[str, set[str] | None] = {}  # each is listed once, however many shards are named in it
         for pattern in patterns:
-            if re.match(r"\w+://[^/]*@", pattern):
+            if re.match(r"\w+://[^/]*:[^/]*@|https?://[^?]*\?", pattern):
                 raise DataError(
-                    f"{setting}: {redact(pattern)} holds a user or a password, which would be saved with the run; "
-                    "give them in the file of --data.storage-options"
+                    f"{setting}: {redact(pattern)} holds a password or a query, which would be saved with the run; "
+                    "give what grants access in the file of --data.storage-options"
                 )
             try:
                 expanded = list(braceexpand(pattern))
@@ -129,7 +131,12 @@ class Storage:
             if folder not in folders:
                 folders[folder] = self._names(folder, setting)
             names = folders[folder]
-            if names is None:  # the server does not list what it has; it will tell when the shard is read
+            if names is None and magic:
+                raise DataError(
+                    f"{setting}: {url}: this storage does not list what is in {folder}; name the shards with braces, "
+                    "such as train-{0000..0099}.tar, or mend the credentials"
+                )
+            if names is None:  # it will tell when the shard is read
                 found = [url]
             elif magic:
                 found = [f"{folder}/{n}" if folder else n for n in fnmatch.filter(names, name)]
@@ -158,13 +165,18 @@ class Storage:
             found = self._patiently(lambda: fs.ls(path, detail=False))
         except FileNotFoundError:
             return set()
+        except PermissionError:
+            return None
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
 
     def _glob(self, url: str, setting: str) -> list[str]:
         if "://" not in url:
             return [match for match in glob.glob(url) if Path(match).is_file()]
         fs, path = self._filesystem(url, setting)
-        return [fs.unstrip_protocol(match) for match in self._patiently(lambda: fs.glob(path))]
+        try:
+            return [fs.unstrip_protocol(match) for match in self._patiently(lambda: fs.glob(path))]
+        except PermissionError as error:
+            raise DataError(f"{setting}: {url} may not be listed: {redact(str(error))}") from None
 
     # --- Reading ---
 
@@ -203,7 +215,10 @@ class Storage:
             if size is None:
                 raise DataError("cannot be fetched: the server does not tell its size")
             # Another version of the shard is another copy.
-            version = [str(info.get(name)) for name in ("ETag", "etag", "LastModified", "mtime", "created", "size")]
+            version = [
+                str(info.get(name))
+                for name in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created", "size")
+            ]
             name = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
             copy = self.cache / f"{name}.tar"
             self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -273,6 +288,12 @@ class Storage:
             except _PERMANENT:
                 raise
             except Exception as error:
+                # A web server's refusal, a misspelt option, no credentials: waiting mends none of them.
+                status = getattr(error, "status", 0)
+                if isinstance(error, TypeError) or type(error).__name__ in _HOPELESS:
+                    raise DataError(f"cannot be fetched: {redact(str(error))}; see data.storage_options") from None
+                if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+                    raise PermissionError(redact(str(error))) from None
                 if attempt == _ATTEMPTS - 1:
                     reason = redact(str(error)) or type(error).__name__
                     raise DataError(

@@ -144,14 +144,20 @@ def _refusal(info: tarfile.TarInfo, name: str, extension: str, sample: Sample) -
     return None
 
 
-def read_member(file: BinaryIO, member: Member) -> bytes:
+def read_member(file: BinaryIO, member: Member, memory: memoryview | None = None) -> memoryview:
     """The bytes of a member.
+
+    Args:
+        file: the shard.
+        member: of the shard.
+        memory: where they go, as long as the member; new memory when not given.
 
     Raises:
         DataError: the shard ends inside it.
     """
+    memory = memoryview(bytearray(member.size)) if memory is None else memory
     file.seek(member.offset)
-    data = file.read(member.size)
-    if len(data) < member.size:
-        raise DataError(f"cut short: {len(data):,} of {member.size:,} bytes are there")
-    return data
+    length = file.readinto(memory)  # type: ignore[attr-defined]
+    if length < member.size:
+        raise DataError(f"cut short: {length:,} of {member.size:,} bytes are there")
+    return memory

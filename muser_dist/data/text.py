@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ class TextPolicy:
         self.config = config
         self.templates = templates
 
-    def say(self, values: Mapping[str, Any], rng: np.random.Generator | None) -> tuple[str, dict[str, str]]:
+    def say(self, values: Mapping[str, Any], rng: np.random.Generator | None) -> tuple[str, dict[str, Value]]:
         """A sentence and the facts that it states, out of the fields that `read_fields` gives.
 
         Args:
@@ -141,14 +141,14 @@ def check_templates(templates: tuple[str, ...], setting: str = "data.templates")
 
 def render(
     template: str, fields: Mapping[str, Value], rng: np.random.Generator | None = None
-) -> tuple[str, dict[str, str]]:
+) -> tuple[str, dict[str, Value]]:
     """A sentence over the fields that are there.
 
     A clause, that is what stands between commas of the template, is left out when it needs a
     field that is missing. A list is joined by commas; {name:one} draws one of its entries.
 
     >>> render("A song of {genre}, by {artist}", {"genre": ["folk", "ska"]})
-    ('A song of folk, ska', {'genre': 'folk, ska'})
+    ('A song of folk, ska', {'genre': ['folk', 'ska']})
 
     Args:
         template: the sentence.
@@ -158,29 +158,36 @@ def render(
     Returns:
         the sentence and the facts that it states; both empty when nothing can be said.
     """
-    clauses, facts = [], {}
+    clauses: list[str] = []
+    facts: dict[str, Value] = {}
     for clause in template.split(","):
         needed = _FIELD.findall(clause)
         if all(name in fields for name, _ in needed):
             stated = {name: _state(fields[name], bool(one), rng) for name, one in needed}
-            clauses.append(_FIELD.sub(lambda match, stated=stated: stated[match[1]], clause).strip())  # type: ignore[misc]
+            clauses.append(_FIELD.sub(partial(_say, stated), clause).strip())
             facts.update(stated)
     return (", ".join(clauses), facts) if facts else ("", {})
 
 
-def _state(value: Value, one: bool, rng: np.random.Generator | None) -> str:
-    if isinstance(value, str):
-        return value
-    return value[int(rng.integers(len(value))) if rng else 0] if one else ", ".join(value)
+def _state(value: Value, one: bool, rng: np.random.Generator | None) -> Value:
+    return value[int(rng.integers(len(value))) if rng else 0] if one and isinstance(value, list) else value
 
 
-def text_id(facts: Mapping[str, str]) -> int:
+def _say(stated: Mapping[str, Value], field: re.Match[str]) -> str:
+    value = stated[field[1]]
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def text_id(facts: Mapping[str, Value]) -> int:
     """A stable id in [0, 2^63) of the facts that a sentence states.
 
-    Two templates over the same facts give the same id; letter case, Unicode form and spacing
-    do not matter.
+    Two templates over the same facts give the same id; letter case, Unicode form, spacing and the
+    order of a list do not matter.
     """
-    normal = sorted((name, normal_form(value)) for name, value in facts.items())
+    normal = sorted(
+        (name, sorted(map(normal_form, value)) if isinstance(value, list) else normal_form(value))
+        for name, value in facts.items()
+    )
     digest = hashlib.blake2b(json.dumps(normal).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

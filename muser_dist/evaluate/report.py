@@ -176,8 +176,14 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
         facts.append(("Samples per second, median", _amount(speeds[len(speeds) // 2])))
     if waits:
         facts.append(("Time waiting for data, mean", _percent(sum(waits) / len(waits))))
-    counts = ("rows_read", "rows_used", "rows_quarantined")
-    return facts + [(key.replace("_", " ").capitalize(), _amount(last[key])) for key in counts if key in last]
+    counts = {
+        "rows_read": "Rows read",
+        "rows_used": "Rows used",
+        "rows_quarantined": "Rows quarantined",
+        "rows_surplus": "Samples beyond the shards' index",
+        "rows_in_val": "Rows read that validation holds too",
+    }
+    return facts + [(label, _amount(last[key])) for key, label in counts.items() if key in last]
 
 
 def _tiles(evaluation: Values) -> list[Values]:

@@ -55,9 +55,12 @@ def print_digest(config: RunConfig) -> None:
     indices = [
         index_shards(storage, shards[source.name], f"data.{source.name}") for source in config.data.training_sources()
     ]
-    print(plan_digest(training_reader(config, indices, storage), config.train.steps))
+    reader = training_reader(config, indices, storage)
+    print(f"{plan_digest(reader, config.train.steps)} planned up to step {config.train.steps:,}")
     if (line := last_line(config.folder / METRICS)) is not None:
-        print(f"{line['digest']} delivered up to step {line['step']:,} of {config.train.steps:,} by {config.folder}")
+        print(f"{line['digest']} delivered up to step {line['step']:,} by {config.folder}")
+        if line["step"] < config.train.steps:
+            print(f"{plan_digest(reader, line['step'])} planned up to there")
 
 
 def pretrain(config: RunConfig, command: list[str]) -> Path:
@@ -120,6 +123,7 @@ def connect(config: RunConfig) -> None:
             ray.init(
                 "local",
                 num_cpus=int(-(-t.workers * t.cpus_per_worker // 1)) + slots,
+                include_dashboard=False,  # nobody is told its address, and it takes time that training could have
                 **quiet,
             )
             print(f"Started Ray on this machine: {t.workers} workers, {slots} decoding slots", flush=True)

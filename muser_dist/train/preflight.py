@@ -41,6 +41,12 @@ def check_settings(config: RunConfig) -> int:
     for source in config.data.sources:
         check_templates(source.templates, f"data.sources: templates of {source.name}")
     load_objective(config.objective)
+    smallest = min((source.weight for source in config.data.sources), default=1.0)
+    if smallest * config.train.global_batch < sum(source.weight for source in config.data.sources):
+        raise ConfigError(
+            f"data.sources: the smallest weight gives less than one row in a global batch of "
+            f"{config.train.global_batch}; raise it, or --train.global-batch"
+        )
     if config.data.spectrogram_on == "cpu" and config.model.spectrogram is not None:
         in_tasks(config.data, config.model.spectrogram)
     if not config.data.training_sources():
@@ -176,22 +182,28 @@ def find_shards(config: RunConfig, storage: Storage) -> dict[str, list[str]]:
     }
     if VAL.name in found:
         raise ConfigError('data.sources: "val" is the name of the validation shards; choose another')
-    return found | {VAL.name: storage.expand(config.data.val, "data.val")}
+    found |= {VAL.name: storage.expand(config.data.val, "data.val")}
+    owner: dict[str, str] = {}
+    for name, urls in found.items():
+        for url in urls:
+            if url in owner:
+                raise DataError(f"{redact(url)} is among the shards of {owner[url]} and of {name}; name it once")
+            owner[url] = name
+    return found
 
 
 def load_index(config: RunConfig, source: SourceConfig, storage: Storage, urls: list[str]) -> ShardIndex:
     """The row counts of a source's shards, kept in the run's folder so that its order never changes."""
     setting = f"data.{source.name}"
     kept = config.folder / f"{source.name}-index.json"
-    if kept.exists():
+    if kept.exists() and has_begun(config):
         index = ShardIndex.load(kept)
         if index.urls == urls:
             return index
-        if has_begun(config):
-            raise DataError(
-                f"{setting}: {len(urls)} shards match now, but the run began with {len(index)} others; "
-                "its order of rows would change. Bring the shards back, or start a run with another --name"
-            )
+        raise DataError(
+            f"{setting}: {len(urls)} shards match now, but the run began with {len(index)} others; "
+            "its order of rows would change. Bring the shards back, or start a run with another --name"
+        )
 
     def progress(done: int, of: int) -> None:
         if done == of or done % max(1, of // 20) == 0:

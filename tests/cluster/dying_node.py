@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Telling(ChunkReader):
 
     def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
         for chunk in super().read(slots):
+            time.sleep(0.02)  # as slow as real music: the node must die with work to do
             yield chunk | {"source": [ray.get_runtime_context().get_node_id()] * CHUNK}
 
 
@@ -33,12 +35,13 @@ def main(pattern: str, result: str) -> None:
     victim, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     pipeline.ROWS_PER_TASK = 32  # many tasks, so that both nodes have some
-    config = small_config(train={"global_batch": 64, "chunk": CHUNK, "samples": ROWS})
+    # Crops of 2 s: blocks that lie in the store of the node that made them.
+    config = small_config(data={"crop_seconds": 2.0}, train={"global_batch": 64, "chunk": CHUNK, "samples": ROWS})
     reader = reader_of(config, pattern)
     planned = pipeline.plan_digest(reader, config.train.steps)
     reader.__class__ = Telling
     dataset = pipeline.ray_dataset(reader, 0, config.train.steps)
-    dataset.context.execution_options = execution_options(256)
+    dataset.context.execution_options = execution_options(16)
     (shard,) = dataset.streaming_split(1, equal=True)
     digest, decoded_by, died_after = "", [], None
     for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import ray
 
 from muser_dist import Muser
 from muser_dist.config import ObjectiveConfig, RunConfig, from_dict, to_dict
+from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import CheckpointError, ClusterError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
-from muser_dist.train.launch import pretrain
-from muser_dist.train.metrics import QUARANTINE, TIMES, read_lines
+from muser_dist.train.launch import pretrain, print_digest
+from muser_dist.train.metrics import ACCOUNTS, QUARANTINE, TIMES, read_lines
 from tests.cluster.conftest import CPUS
 from tests.shardmaker import bad_samples, tone
 from tests.small import small_config
@@ -71,6 +73,19 @@ def test_every_row_is_counted(straight):
         assert of_epoch == {key for key, _, _ in bad_samples()} | {"caf\ufffd"}
 
 
+def test_the_accounts_add_up_by_pass_and_shard(straight):
+    last, lines = read_lines(straight / "metrics.jsonl")[-1], read_lines(straight / ACCOUNTS)
+    for name in ("read", "used", "quarantined"):
+        assert sum(line[name] for line in lines) == last[f"rows_{name}"]
+    assert all(line["read"] == line["used"] + line["quarantined"] for line in lines)
+    whole = Counter()
+    for line in lines:
+        if line["pass"] == 0:
+            whole[line["shard"]] += line["read"]
+    index = ShardIndex.load(straight / "train-index.json")
+    assert whole == dict(zip(index.urls, index.rows.tolist(), strict=True))
+
+
 def test_the_loss_goes_down(straight):
     losses = [line["loss_minus_entropy"] for line in read_lines(straight / "metrics.jsonl")]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -92,7 +107,15 @@ def test_a_killed_worker_changes_nothing(cluster, straight, corpus, storage, cap
         assert line["digest"] == expected["digest"]  # the same keys in the same batches
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["rows_quarantined"] == expected["rows_quarantined"]
-    assert (killed / QUARANTINE).read_text() == (straight / QUARANTINE).read_text()
+    for name in (QUARANTINE, ACCOUNTS):
+        assert (killed / name).read_text() == (straight / name).read_text()
+
+
+def test_what_was_delivered_is_the_plan(straight, corpus, storage, capsys):
+    print_digest(run_config(corpus, storage, "straight"))
+    planned, delivered = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert planned[0] == delivered[0] == read_lines(straight / "metrics.jsonl")[-1]["digest"]
+    assert delivered[1:6] == f"delivered up to step {STEPS} by".split()[:5]
 
 
 def test_the_run_leaves_everything_behind(straight):

@@ -1,11 +1,13 @@
 import io
+import socket
 
 import av
 import numpy as np
 import pytest
+import soundfile
 
 from muser_dist.data.audio import decode, to_int16
-from muser_dist.data.config import DataConfig
+from muser_dist.data.config import AugmentConfig, DataConfig
 from muser_dist.errors import DataError
 from tests.shardmaker import bad_samples, encode
 
@@ -35,17 +37,90 @@ def test_every_format_and_rate_keeps_the_pitch_and_level(kind, rate):
     assert np.abs(waveform[2000:-2000]).max() / 32767 == pytest.approx(0.5, abs=0.05)
 
 
-def test_what_libsndfile_lacks_is_read_by_ffmpeg():
+def through_ffmpeg(waveform: np.ndarray, rate: int, container: str, codec: str) -> bytes:
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=44_100, layout="mono")
-        frame = av.AudioFrame.from_ndarray(sine(440, 1.0, 44_100)[None], format="fltp", layout="mono")
-        frame.sample_rate = 44_100
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    waveform, length = decode(buffer.getvalue(), config(16_000, 8_000), 0.5)
-    assert length == 8_000
-    assert abs(peak_hertz(waveform, 16_000) - 440) < 4
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=rate, layout="mono")
+        for start in range(0, len(waveform), 1024):
+            frame = av.AudioFrame.from_ndarray(waveform[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = rate, start
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("container", ["mp4", "adts", "matroska"])
+@pytest.mark.parametrize("position", [0.0, 0.02, 0.5, 1.0])
+def test_what_libsndfile_lacks_is_read_by_ffmpeg_at_the_right_place(container, position):
+    rate, seconds, crop = 44_100, 8.0, 1.0
+    time = np.arange(round(seconds * rate)) / rate
+    rising = 0.5 * np.sin(2 * np.pi * np.cumsum(300 + 200 * time) / rate)  # its pitch tells the time
+    data = through_ffmpeg(rising.astype(np.float32), rate, container, "aac")
+    waveform, length = decode(data, config(16_000, 16_000), position)
+    assert length > 15_000
+    middle = position * (seconds - crop) + crop / 2
+    heard = (peak_hertz(waveform[4_000:12_000], 16_000) - 300) / 200
+    # A bare stream of frames does not tell its length: FFmpeg estimates it.
+    assert heard == pytest.approx(middle, abs=0.15 if container == "adts" else 0.05)
+
+
+def test_opus():
+    buffer = io.BytesIO()
+    soundfile.write(buffer, sine(440, 2.0, 48_000), 48_000, format="OGG", subtype="OPUS")
+    waveform, _ = decode(buffer.getvalue(), config(16_000, 16_000), 0.5)
+    assert abs(peak_hertz(waveform, 16_000) - 440) < 3
+
+
+@pytest.mark.parametrize("rate", [22_050, 44_100, 48_000])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_is_the_same_from_the_head_and_after_a_seek(rate, mode):
+    noise = np.random.default_rng(0).standard_normal((6 * rate, 2)).astype(np.float32) * 0.2
+    noise[: 3 * rate] *= np.linspace(0, 1, 3 * rate)[:, None]  # so that a variable rate varies
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, rate, format="MP3", bitrate_mode=mode)
+    with soundfile.SoundFile(io.BytesIO(buffer.getvalue())) as file:
+        whole = file.read(dtype="float32", always_2d=True)
+    for position in (0.1, 0.5, 0.93, 1.0):
+        waveform, _ = decode(buffer.getvalue(), config(rate, rate), position)
+        start = round(position * (len(whole) - rate))
+        np.testing.assert_allclose(waveform / 32767, whole[start : start + rate].mean(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:PORT/x.ts\n", b"ffconcat version 1.0\nfile http://127.0.0.1:PORT/x\n"],
+)
+def test_a_playlist_opens_nothing(playlist):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        data = playlist.replace(b"PORT", str(server.getsockname()[1]).encode())
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode(data, config(16_000, 16_000), 0.5)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+
+
+def test_headers_that_lie_are_refused():
+    wav = bytearray(encode(sine(440, 0.1, 8_000), 8_000, "wav"))
+    wav[24:28] = (2**31 - 1).to_bytes(4, "little")  # the sample rate
+    with pytest.raises(DataError, match="claims 2,147,483,647 Hz"):
+        decode(bytes(wav), config(16_000, 16_000), 0.5)
+
+
+def test_a_short_clip_can_be_repeated():
+    clip = sine(440, 0.25, 16_000)
+    waveform, length = decode(encode(clip), config(16_000, 10_000, pad="repeat"), 0.7)
+    assert length == 10_000
+    np.testing.assert_array_equal(waveform[:4_000], waveform[4_000:8_000])
+    np.testing.assert_array_equal(waveform[:2_000], waveform[8_000:])
+
+
+def test_augmentation_is_seeded():
+    data = encode(sine(440, 1.0, 16_000))
+    settings = config(16_000, 8_000, augment=AugmentConfig(noise=1.0))
+    plain, first, again, other = (decode(data, settings, 0.5, seed)[0] for seed in (None, 1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and (first != plain).any()
 
 
 def test_the_crop_is_where_the_position_says():

@@ -70,3 +70,24 @@ def test_a_fatal_member_costs_one_row(tmp_path, monkeypatch):
     assert [ok for chunk in chunks for ok in chunk["valid_audio"]] == [True, True, False, True, True, True]
     (problem,) = (problem for chunk in chunks for problem in chunk["problems"])
     assert "piece2" in problem and "SIGSEGV" in problem
+
+
+def test_an_interrupt_does_not_shift_the_answers(decoder, monkeypatch):
+    first, second = encode(tone(1)), encode(tone(2))
+    decoder.decode(first, 0.5, None)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoder_module, "_receive", interrupted)
+        decoder.decode(first, 0.5, None)
+    np.testing.assert_array_equal(decoder.decode(second, 0.3, None)[0], decode(second, CONFIG, 0.3)[0])
+
+
+def test_members_of_any_size_share_the_memory(decoder):
+    small, long = encode(tone(1)), encode(np.tile(tone(2), 400), kind="wav")  # 25 MB
+    huge = long + bytes(80 << 20)
+    for data in (small, long, huge, small, long):
+        np.testing.assert_array_equal(decoder.decode(data, 0.4, None)[0], decode(data, CONFIG, 0.4)[0])
+    assert decoder._memory.file.seek(0, 2) < 64 << 20

@@ -129,3 +129,18 @@ def test_a_shard_that_vanished_quarantines_its_rows(tmp_path):
 def test_a_finite_pass_pads_its_last_chunk(tmp_path):
     chunks = list(evaluation_chunks(small_config(), index_of(write_shards(tmp_path, [3])), LOCAL))
     assert [chunk["row"].tolist() for chunk in chunks] == [[0, 1], [2, -1]]
+
+
+def test_a_chunk_may_come_from_more_shards_than_are_kept(tmp_path):
+    config = small_config(train={"chunk": 40, "global_batch": 40, "samples": 40}, data={"window_shards": 4})
+    reader = reader_of(config, write_shards(tmp_path, [1] * 40))
+    (chunk,) = reader.read([0])
+    assert chunk["problems"] == [] and chunk["valid_audio"].all()
+
+
+def test_the_plain_extension_wins_over_a_dotted_one(tmp_path):
+    good = sample(0)
+    lyrics = {"lyrics.json": b'{"caption": "la la"}'}
+    write_shard(tmp_path / "train-00000.tar", [("a", {**good, **lyrics}), ("b", {**lyrics, **good})])
+    (chunk,) = evaluation_chunks(small_config(), index_of(f"{tmp_path}/*.tar"), LOCAL)
+    assert chunk["text"][0] == chunk["text"][1] != "la la"

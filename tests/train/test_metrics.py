@@ -1,11 +1,14 @@
 import io
 import json
+from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
+import pytest
 
 from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Problem
+from muser_dist.train.loop import StopTraining, check_share
 from muser_dist.train.metrics import METRICS, QUARANTINE, Accounting, RunLog, describe, live_line, read_lines
 from tests.small import small_config
 
@@ -116,3 +119,15 @@ def test_the_live_line_shows_the_end_of_the_run(tmp_path):
 
 def test_the_time_left_is_that_of_the_samples_left():
     assert "ETA 0:00:04" in describe(line(1), small_config())  # 24 samples in all, 8 done, 4 a second
+
+
+def test_a_run_stops_when_too_many_rows_are_bad():
+    reasons = Counter({"silent": 3, "no text": 250})
+    check_share({"rows_read": 999, "rows_quarantined": 900}, reasons, 0.2)  # too early to tell
+    check_share({"rows_read": 1000, "rows_quarantined": 200}, reasons, 0.2)
+    with pytest.raises(
+        StopTraining, match=r"747 of the first 1,000 rows .* \(250 times\): no text\. .*--data\.max-bad-share \(0\.2\)"
+    ):
+        check_share({"rows_read": 1000, "rows_quarantined": 253}, reasons, 0.2)
+    with pytest.raises(StopTraining, match="none of the first 8 rows"):
+        check_share({"rows_read": 8, "rows_quarantined": 8}, reasons, 1.0)
