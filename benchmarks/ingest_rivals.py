@@ -1,7 +1,7 @@
 """The contestants of ingest.py: functions that yield the number of rows of each batch they deliver.
 
 All read JSON and audio of every row from the same shards and deliver 5 s at a random place of each
-clip, 16 kHz mono, in batches of 32, without end. Only ours also makes sentences, token ids and
+clip, 16 kHz mono, in batches of 64, without end. Only ours also makes sentences, token ids and
 everything else that a training chunk holds. Imports are local: a contestant pays for its own alone.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-BATCH = 32
+BATCH = 64
 SAMPLE_RATE = 16_000
 CROP_SECONDS = 5.0
 SAMPLES = round(CROP_SECONDS * SAMPLE_RATE)
@@ -122,16 +122,16 @@ def reader_of(config: Any, index: Any) -> Any:
 
 
 def training_config(setting: Setting) -> Any:
-    """The tiny recipe for a run of so many rows at least: 5 s at 16 kHz, windows of 8 shards, chunks of 32."""
+    """The tiny recipe for a run of so many rows at least: 5 s at 16 kHz, windows of 8 shards, chunks of BATCH."""
     from muser_dist.recipes.tiny import tiny
 
     config = tiny()
     data = replace(config.data, train=(f"{setting.folder}/*.tar",), decode_slots=setting.cores)
     if setting.store_mb:
         data = replace(data, buffer_mib=setting.store_mb // 4)
-    train = replace(config.train, workers=1, samples=setting.rows + config.train.global_batch)
-    if (data.sample_rate, data.crop_samples, train.chunk) != (SAMPLE_RATE, SAMPLES, BATCH):
-        raise SystemExit("the tiny recipe has changed: set SAMPLE_RATE, SAMPLES and BATCH to its values")
+    train = replace(config.train, workers=1, chunk=BATCH, samples=setting.rows + config.train.global_batch)
+    if (data.sample_rate, data.crop_samples) != (SAMPLE_RATE, SAMPLES):
+        raise SystemExit("the tiny recipe has changed: set SAMPLE_RATE and SAMPLES to its values")
     return replace(config, data=data, train=train)
 
 

@@ -118,7 +118,7 @@ class Plan:
     """The stream of rows that a run is made of, out of one source or several.
 
     Up to the end of any step t, each source has had its share of the t·N rows by largest
-    remainder, so its share of a batch is off by less than one row, and never off for long. Inside
+    remainder: what it has had is never off by a row, and a single batch by less than two. Inside
     a batch the sources are shuffled, so that chunks hold all of them.
 
     Args:

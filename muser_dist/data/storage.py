@@ -162,7 +162,7 @@ class Storage:
             return None
         fs, path = self._filesystem(folder, setting)
         try:
-            found = self._patiently(lambda: fs.ls(path, detail=False))
+            found = self._patiently(partial(self._call, fs, "ls", path, detail=False))
         except FileNotFoundError:
             return set()
         except PermissionError:
@@ -174,7 +174,7 @@ class Storage:
             return [match for match in glob.glob(url) if Path(match).is_file()]
         fs, path = self._filesystem(url, setting)
         try:
-            return [fs.unstrip_protocol(match) for match in self._patiently(lambda: fs.glob(path))]
+            return [fs.unstrip_protocol(match) for match in self._patiently(partial(self._call, fs, "glob", path))]
         except PermissionError as error:
             raise DataError(f"{setting}: {url} may not be listed: {redact(str(error))}") from None
 
@@ -189,7 +189,7 @@ class Storage:
                 return None
         fs, path = self._filesystem(url, url)
         try:
-            return self._patiently(lambda: self._cat(fs, path))
+            return self._patiently(partial(self._call, fs, "cat_file", path))
         except _PERMANENT:
             return None  # there is none, or the storage does not say whether there is one
 
@@ -210,7 +210,7 @@ class Storage:
         """The local copy of a remote shard."""
         try:
             fs, path = self._filesystem(url, url)
-            info = self._patiently(lambda: fs.info(path))
+            info = self._patiently(partial(self._call, fs, "info", path))
             size = info.get("size")
             if size is None:
                 raise DataError("cannot be fetched: the server does not tell its size")
@@ -241,7 +241,7 @@ class Storage:
         with part.open("ab") as file:
             while (start := file.tell()) < size:
                 stop = min(start + BLOCK_BYTES, size)
-                block = self._patiently(partial(self._cat, fs, path, start, stop))
+                block = self._patiently(partial(self._call, fs, "cat_file", path, start=start, end=stop))
                 if len(block) == size > stop - start:  # a web server that does not know of ranges
                     block = block[start:]
                 if not block:
@@ -275,10 +275,11 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise DataError(f"{setting}: {redact(url)}: {redact(str(error))}") from None
 
-    def _cat(self, fs: Any, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        if fs.async_impl:  # so that a stalled connection is given up
-            return fsspec.asyn.sync(fs.loop, fs._cat_file, path, start=start, end=stop, timeout=self.timeout)
-        return fs.cat_file(path, start=start, end=stop)
+    def _call(self, fs: Any, method: str, path: str, **arguments: Any) -> Any:
+        """A file system's method; a stalled connection is given up where the file system allows."""
+        if fs.async_impl:
+            return fsspec.asyn.sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=self.timeout, **arguments)
+        return getattr(fs, method)(path, **arguments)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """The call's result. Errors that may pass are waited out, with jitter: a crowd must not come back at once."""

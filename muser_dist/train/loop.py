@@ -29,7 +29,7 @@ STOPPED = "stopped.txt"
 """File in the run's folder that says why training ended before its last step."""
 
 
-_JUDGED_ROWS = 1_000
+_JUDGED_ROWS, _KEPT_REASONS = 1_000, 100
 
 
 class StopTraining(MuserError):
@@ -103,6 +103,7 @@ def train(config: RunConfig) -> None:
                     "before. Lower --train.lr or raise --objective.temperature.minimum, under another --name"
                 )
             seen.update(problem["reason"] for problem in problems if problem["row"] is not None)
+            seen = Counter(dict(seen.most_common(_KEPT_REASONS)))  # some name a file: there is no end of those
             check_share(accounting.totals, seen, config.data.max_bad_share)
             metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
             for pair, inverse in zip(config.objective.pairs, scale.tolist(), strict=True):
