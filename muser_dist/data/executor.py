@@ -18,17 +18,15 @@ from ray.data.block import BlockMetadata
 
 _PAUSE_SECONDS = 0.02
 
-# Numbers of tasks that wait to be decoded: more than a large pool takes between two looks of the scheduler.
-_NUMBERS_AHEAD = 512
-
-# Ray Data keeps a record of every block of the source from the start; a run has millions of tasks.
-_NUMBERS_PER_BLOCK = 8192
+# Task numbers that come at a time, and that must be left before more do: more than a large pool takes
+# between two looks of the scheduler. Ray Data keeps a record of each time from the start, so not too few.
+_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 1024, 512
 
 
 class TaskNumbers(Datasource):
     """The column "id" with 0 to count - 1, one row a block: a decoding task each.
 
-    One paused generator hands them out as they are needed, so the length of a run costs nothing.
+    They are made as they are needed: a run has millions, of which Ray Data would keep records.
     """
 
     def __init__(self, count: int) -> None:
@@ -40,21 +38,21 @@ class TaskNumbers(Datasource):
         return 8 * self.count
 
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        """Read tasks of some thousand numbers each."""
+        """Read tasks of a thousand numbers each."""
 
         def task(start: int) -> ReadTask:
-            stop = min(start + _NUMBERS_PER_BLOCK, self.count)
+            stop = min(start + _NUMBERS_AT_A_TIME, self.count)
 
             def read() -> Iterable[pa.Table]:
                 return (pa.table({"id": [number]}) for number in range(start, stop))
 
             return ReadTask(read, BlockMetadata(stop - start, 8 * (stop - start), None, None))
 
-        return [task(start) for start in range(0, self.count, _NUMBERS_PER_BLOCK)]
+        return [task(start) for start in range(0, self.count, _NUMBERS_AT_A_TIME)]
 
     def dataset(self) -> ray.data.Dataset:
         """The numbers as a dataset that takes no decoding slot."""
-        blocks = -(-self.count // _NUMBERS_PER_BLOCK)
+        blocks = -(-self.count // _NUMBERS_AT_A_TIME)
         return ray.data.read_datasource(self, override_num_blocks=blocks, num_cpus=0, concurrency=1)
 
 
@@ -77,18 +75,15 @@ class PausingResourceBudget(_PausesWhenFull, ResourceBudgetBackpressurePolicy):
     """Ray's limit by memory, pausing."""
 
 
-class _NumbersOnDemand(BackpressurePolicy):
-    """Takes task numbers from their source only when few are waiting: memory does not limit what is so small."""
+class NumbersOnDemand(BackpressurePolicy):
+    """Makes more task numbers only when few are left: memory does not limit what is so small."""
 
-    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
+    def can_add_input(self, op: PhysicalOperator) -> bool:
         if not op.name.startswith("Read"):
-            return None
-        waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
-        return 0 if waiting >= _NUMBERS_AHEAD else None
-
-
-class PausingNumbersOnDemand(_PausesWhenFull, _NumbersOnDemand):
-    """The same, pausing."""
+            return True
+        return all(
+            self._topology[after].total_enqueued_input_blocks() < _NUMBERS_LEFT for after in op.output_dependencies
+        )
 
 
 class PausingDownstreamCapacity(_PausesWhenFull, DownstreamCapacityBackpressurePolicy):
@@ -103,7 +98,7 @@ def set_context() -> None:
     context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity, PausingNumbersOnDemand],
+        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity, NumbersOnDemand],
     )
 
 

@@ -32,6 +32,7 @@ class TextPolicy:
     def __init__(self, config: DataConfig, templates: tuple[str, ...]) -> None:
         self.config = config
         self.templates = templates
+        self._names = sorted({name for template in templates for name, _ in _FIELD.findall(template)})
 
     def say(self, values: Mapping[str, Any], rng: np.random.Generator | None) -> tuple[str, dict[str, Value]]:
         """A sentence and the facts that it states, out of the fields that `read_fields` gives.
@@ -45,7 +46,8 @@ class TextPolicy:
             DataError: no template has anything to say.
         """
         chosen = int(rng.integers(len(self.templates))) if rng else 0
-        fields = {name: resolved for name in sorted(values) if (resolved := self._resolve(values[name], rng))}
+        named = [name for name in self._names if name in values]
+        fields = {name: resolved for name in named if (resolved := self._resolve(values[name], rng))}
         if rng and self.config.field_dropout:
             kept = rng.random(len(fields)) >= self.config.field_dropout
             some = {name: fields[name] for name, keep in zip(fields, kept, strict=True) if keep}

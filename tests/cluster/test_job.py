@@ -39,6 +39,8 @@ def head() -> Iterator[str]:
         command += [
             "--dashboard-port",
             str(dashboard),
+            "--dashboard-agent-listen-port",  # the default may be that of another cluster on this machine
+            str(free_port()),
             "--ray-client-server-port",
             str(free_port()),
             "--temp-dir",
