@@ -8,7 +8,7 @@ _WHAT = {
     "ours": "`ray_dataset` as one training worker consumes it, in order and shuffled; also renders sentences, "
     "tokenizes them and makes everything else that a chunk holds",
     "usual_stack": "webdataset and a torch DataLoader; decodes the whole clip, resamples it whole with torchaudio, "
-    "then crops",
+    "then crops and makes a mel spectrogram",
     "webdataset_same_decode": "webdataset and a torch DataLoader with our decoder",
     "ray_webdataset": "`ray.data.read_webdataset` and `map_batches` with our decoder, in Ray Data's default settings, "
     "not shuffled",
