@@ -53,6 +53,8 @@ def main(pattern: str, result: str) -> None:
             died_after = len(decoded_by)
             cluster.remove_node(victim, allow_graceful=False)
             cluster.add_node(num_cpus=1)
+    ray.shutdown()
+    cluster.shutdown()  # it also takes back the address under which the next `ray.init("auto")` would look for it
     outcome = {"chunks": len(decoded_by), "died_after": died_after, "delivered": digest, "planned": planned}
     Path(result).write_text(json.dumps(outcome))  # not printed: Ray prints the log of a raylet that dies
 
