@@ -17,7 +17,7 @@ import numpy as np
 
 from muser_dist.data import fingerprint
 from muser_dist.data.config import DataConfig
-from muser_dist.data.decoder import decoder
+from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.rows import Row, RowReader
 from muser_dist.data.shards import ShardIndex, read_sidecar
@@ -246,13 +246,15 @@ class _Found:
 
     def _hear(self, row: Row) -> None:
         isolated = decoder(_EXCERPT)
-        # Probing and decoding each read from the memory, and decoding overwrites it.
-        sound = bytes(row.read_audio(isolated.memory))
+        sound = row.sound()
         self.file[-1] = file_id(sound)
         rate, channels, self.seconds[-1] = isolated.probe(sound)
         self.formats[row.audio or "", rate, channels] += 1
-        waveform, length = isolated.decode(sound, 0.5, None)
-        self.prints[-1] = fingerprint.fingerprint(waveform[:length])
+        waveform = np.zeros((1, _EXCERPT.crop_samples), np.int16)
+        length = isolated.decode({0: Crop(sound, 0.5, None)}, waveform)[0]
+        if isinstance(length, DataError):
+            raise length
+        self.prints[-1] = fingerprint.fingerprint(waveform[0, :length])
 
     def _read(self, row: Row, policy: TextPolicy) -> None:
         metadata, text = row.read("json"), row.read("txt")

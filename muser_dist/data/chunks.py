@@ -37,7 +37,7 @@ import numpy as np
 
 from muser_dist.config import ModelConfig
 from muser_dist.data.config import DataConfig, SourceConfig
-from muser_dist.data.decoder import decoder
+from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
@@ -181,40 +181,37 @@ class ChunkReader:
         heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
-        isolated = decoder(data)
+        crops: dict[int, Crop] = {}
         policies = [TextPolicy(data, source.templates or data.templates) for source in self.sources]
         hears = "audio" in self.modalities or "spectrogram" in self.modalities
+
+        def report(i: int, member: str, error: Exception) -> None:
+            reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+            problems.append(self._entry(outline, i, member=member, reason=reason))
+
         for i, row in enumerate(outline.found):
             if row is None:
                 continue
-            source = self.sources[outline.rows.source[i]]
-            sources[i], shards[i] = source.name, row.shard
+            sources[i], shards[i] = self.sources[outline.rows.source[i]].name, row.shard
             rng = outline.draws[i]
             seed = int(rng.integers(2**63)) if rng else None  # always drawn: augmenting must not change the text
-
-            epoch, index = int(outline.rows.epoch[i]), int(outline.rows.index[i])
-            entry = Problem(epoch, index, source.name, row.shard, row.key, "", "", row.offset)
-
-            def report(member: str, reason: str, entry: Problem = entry) -> None:
-                problems.append(json.dumps(asdict(replace(entry, member=member, reason=reason))))
-
             # Told once a pass: by whoever reads the shard's first row.
             if outline.rows.row[i] == 0 and (surplus := self.rows.surplus(int(outline.rows.shard[i]))):
-                of_shard = replace(entry, row=None, key="", offset=None, count=surplus)
-                report("", f"the shard holds {surplus} samples more than its index says; they are not used", of_shard)
+                reason = f"the shard holds {surplus} samples more than its index says; they are not used"
+                of_shard = {"row": None, "key": "", "offset": None, "count": surplus}
+                problems.append(self._entry(outline, i, reason=reason, **of_shard))
             if row.problem is not None:
-                report("", row.problem)
+                report(i, "", DataError(row.problem))
                 continue
             ids: list[int] = []
             if hears:
                 try:
-                    sound = row.read_audio(isolated.memory)
+                    sound = row.sound()
                     if len(self.val_ids):
                         ids.append(file_id(sound))
-                    waveforms[i], lengths[i] = isolated.decode(sound, float(outline.crop[i]), seed)
-                    heard[i] = True
+                    crops[i] = Crop(sound, float(outline.crop[i]), seed)
                 except Exception as error:  # whatever it is, one row must not end the run
-                    report(row.audio or "", _reason(error))
+                    report(i, row.audio or "", error)
             try:
                 metadata, text = row.read("json"), row.read("txt")
                 if metadata is None and text is None:
@@ -228,7 +225,13 @@ class ChunkReader:
                 text_ids[i] = text_id(facts)
                 stated[i] = True
             except Exception as error:
-                report("json" if "json" in row.extensions else "", _reason(error))
+                report(i, "json" if "json" in row.extensions else "", error)
+        for i, length in decoder(data).decode(crops, waveforms).items():
+            if isinstance(length, DataError):
+                row = outline.found[i]
+                report(i, row.audio or "" if row else "", length)
+            else:
+                lengths[i], heard[i] = length, True
         token_ids, token_counts = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
         chunk: Chunk = {
             "step": np.int64(outline.step),
@@ -256,6 +259,10 @@ class ChunkReader:
             chunk[f"valid_{modality}"] = stated if modality == "text" else heard
         return chunk
 
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    def _entry(self, outline: Outline, i: int, **fields: Any) -> str:
+        """An entry for the quarantine about a row of the chunk, as JSON."""
+        rows, row = outline.rows, outline.found[i]
+        assert row is not None
+        source = self.sources[rows.source[i]].name
+        of_row = Problem(int(rows.epoch[i]), int(rows.index[i]), source, row.shard, row.key, "", "", row.offset)
+        return json.dumps(asdict(replace(of_row, **fields)))

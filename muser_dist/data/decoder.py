@@ -1,9 +1,11 @@
 """Decodes in a child process, so that audio which kills its decoder costs one row.
 
 Native decoders crash on input that nobody thought of, and Ray would run the whole task again to
-the same end. The parent hands over one member at a time, so it knows which one was fatal.
+the same end. The child reads members from the parent's open shards, and puts crops into shared
+memory together with how many are done, so that the parent knows which one was fatal.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -12,14 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import FileIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from muser_dist.data import audio
 from muser_dist.data.config import DataConfig
+from muser_dist.data.tar import Stored
 from muser_dist.errors import DataError
 
 SECONDS = 60.0
@@ -34,6 +39,26 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": st
 the larger blocks back at once, and faulting them in again is a quarter of decoding an mp3."""
 
 
+_TOGETHER = 16
+"""Members that the child is asked for at a time. Woken after each, the parent finds its caches cold,
+and its own work takes four times as long."""
+
+_Request = tuple[Stored, list[Any]]
+"""A member, and position and seed of a crop; without those, what its headers say is asked for."""
+
+
+class _Died(Exception):
+    """The child is dead: how it died."""
+
+
+class Crop(NamedTuple):
+    """What to decode: a member, and the position and the seed that `audio.decode` takes."""
+
+    sound: Stored
+    position: float
+    seed: int | None
+
+
 class Decoder:
     """A child process that decodes audio members.
 
@@ -45,73 +70,112 @@ class Decoder:
         self._config = config
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None
-        self._memory = _SharedMemory()
+        self._memory = FileIO(os.memfd_create("muser-decoder"), "r+")
+        self._shared = _share(self._memory.fileno(), config)
 
-    def memory(self, size: int) -> memoryview:
-        """Where to put the next member to spare `decode` a copy: it is overwritten by the crop."""
-        self._memory.fit(max(size, 2 * self._config.crop_samples))
-        return self._memory.view(size)
-
-    def decode(self, data: bytes | memoryview, position: float, seed: int | None) -> tuple[np.ndarray, int]:
-        """`audio.decode` with this decoder's config.
+    def decode(self, crops: Mapping[int, Crop], into: np.ndarray) -> dict[int, int | DataError]:
+        """`audio.decode` of several crops with this decoder's config.
 
         Args:
-            data: the member, perhaps in `memory`.
-            position, seed: as there.
+            crops: by their rows of `into`.
+            into: (c, samples) int16, gets the waveforms of those that can be decoded.
 
-        Raises:
-            DataError: as there; or decoding takes too long, or has killed its process twice.
+        Returns:
+            of each crop its samples before the padding, or an error: as there; or the shard ends
+            inside the member, or decoding takes too long or has killed its process twice.
         """
-        (length,) = self._ask(data, f"{position!r} {seed}")
-        return np.frombuffer(self._memory.view(2 * self._config.crop_samples), np.int16), int(length)
+        rows = list(crops)
+        answers = self._ask([(sound, [position, seed]) for sound, position, seed in crops.values()], into, rows)
+        lengths = (answer if isinstance(answer, DataError) else answer[0] for answer in answers)
+        return dict(zip(rows, lengths, strict=True))
 
-    def probe(self, data: bytes | memoryview) -> tuple[int, int, float]:
+    def probe(self, sound: Stored) -> tuple[int, int, float]:
         """`audio.probe`.
 
         Raises:
-            DataError: as there, and as `decode` does.
+            DataError: as there, and what `decode` returns.
         """
-        rate, channels, seconds = self._ask(data, "")
-        return int(rate), int(channels), seconds
+        (answer,) = self._ask([(sound, [])])
+        if isinstance(answer, DataError):
+            raise answer
+        rate, channels, seconds = json.loads(answer[1])
+        return rate, channels, seconds
 
-    def _ask(self, data: bytes | memoryview, crop: str) -> list[float]:
-        """Numbers: about the crop at a position with a seed, or about the headers when it is empty."""
-        how = ""
-        for _ in range(2):  # once more: memory may have been short for another reason
+    def _ask(
+        self, requests: list[_Request], into: np.ndarray | None = None, rows: Sequence[int] = ()
+    ) -> list[tuple[int, str] | DataError]:
+        """Length and text of each answer, or why there is none; their crops go to these rows of `into`."""
+        answers: list[tuple[int, str] | DataError] = []
+        fatal = None
+        while (first := len(answers)) < len(requests):
+            error = None
             try:
-                return self._ask_once(data, crop)
-            except (EOFError, ConnectionError):
-                how = self._bury()
-            except DataError:
-                raise
-            except BaseException:  # such as an interrupt: the answer to come must not be taken for the next one's
-                self.close()
-                raise
-        raise DataError(f"its decoder died twice ({how})")
+                self._ask_together(requests[first : first + _TOGETHER])
+            except _Died as death:
+                at = first + int(self._shared["done"][0])
+                if fatal == at:  # once more: memory may have been short for another reason
+                    error = DataError(f"its decoder died twice ({death})")
+                fatal = at
+            except DataError as stall:
+                error = stall
+            for i in range(self._shared["done"][0]):
+                length, text = int(self._shared["length"][i]), self._shared["text"][i].decode(errors="replace")
+                answers.append((length, text) if length >= 0 else DataError(text))
+                if into is not None and length >= 0:
+                    into[rows[first + i]] = self._shared["crop"][i]
+            if error is not None:
+                answers.append(error)
+        return answers
 
-    def _ask_once(self, data: bytes | memoryview, crop: str) -> list[float]:
+    def _ask_together(self, requests: list[_Request]) -> None:
+        """Answers lie in the shared memory afterwards.
+
+        Raises:
+            _Died: the child is dead; it has answered as many as it says.
+            DataError: the next of those is not answered in time.
+        """
+        self._shared["done"][:] = 0
         if self._socket is None:
             self._start()
         assert self._socket is not None
-        memory = self.memory(len(data))
-        if not (isinstance(data, memoryview) and data.obj is memory.obj):
-            memory[:] = data
-        # Text, never pickles: the child has touched what comes from outside.
         self._socket.settimeout(SECONDS)
+        # Text, never pickles: the child has touched what comes from outside.
+        text = json.dumps([(sound.offset, sound.size, *crop) for sound, crop in requests])
         try:
-            _send(self._socket, f"{len(data)} {crop}")
-            answer = _receive(self._socket)
+            socket.send_fds(self._socket, [text.encode()], [sound.file for sound, _ in requests])
+            while not self._finished():
+                pass
+        except (EOFError, ConnectionError):
+            raise _Died(self._bury()) from None
         except TimeoutError:
             self._bury()
             raise DataError(f"decoding takes more than {SECONDS:g} s") from None
-        if answer.startswith("!"):
-            raise DataError(answer[1:])
-        return [float(number) for number in answer.split()]
+        except BaseException:  # such as an interrupt: the answers to come must not be taken for the next ones
+            self.close()
+            raise
+
+    def _finished(self) -> bool:
+        """Waits for the end of a request; not finished where only some of it was done in the time for one member.
+
+        Raises:
+            EOFError, ConnectionError: the child is gone.
+            TimeoutError: nothing was done in the time.
+        """
+        assert self._socket is not None
+        before = int(self._shared["done"][0])
+        try:
+            if not self._socket.recv(1):
+                raise EOFError
+        except TimeoutError:
+            if self._shared["done"][0] == before:
+                raise
+            return False
+        return True
 
     def _start(self) -> None:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        shared = [there.fileno(), self._memory.file.fileno()]
+        shared = [there.fileno(), self._memory.fileno()]
         settings = json.dumps({name: getattr(self._config, name) for name in _OF_CLIPS}, default=vars)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "muser_dist.data.decoder", *map(str, shared), settings],
@@ -142,25 +206,6 @@ class Decoder:
             self._bury()
 
 
-_ANSWER_BYTES = 2048
-
-
-def _send(to: socket.socket, text: str) -> None:
-    to.send(text.encode(errors="replace")[:_ANSWER_BYTES])
-
-
-def _receive(of: socket.socket) -> str:
-    """One message.
-
-    Raises:
-        EOFError: the other end is gone.
-    """
-    message = of.recv(_ANSWER_BYTES)
-    if not message:
-        raise EOFError
-    return message.decode(errors="replace")
-
-
 def decoder(config: DataConfig) -> Decoder:
     """This process's decoder for such clips; it lives on from task to task."""
     return _decoder(DataConfig(**{name: getattr(config, name) for name in _OF_CLIPS}))
@@ -174,36 +219,29 @@ def _decoder(config: DataConfig) -> Decoder:
     return Decoder(config)
 
 
-class _SharedMemory:
-    """Memory that parent and child both see: the member goes one way in it, the crop the other.
-
-    Through a pipe, a member of half a megabyte would take several turns of both processes.
+def _share(memory: int, config: DataConfig) -> dict[str, np.ndarray]:
+    """Memory that parent and child both see.
 
     Args:
-        file: descriptor of the file that it is; a new one when not given.
+        memory: descriptor of the file that it is.
+        config: says how long a crop is.
+
+    Returns:
+        done    int64 (1,)                   requests that are answered
+        length  int64 (_TOGETHER,)           of each answer: samples before the padding; -1 is an error
+        text    bytes (_TOGETHER,)           its words
+        crop    int16 (_TOGETHER, samples)   its waveform
     """
-
-    def __init__(self, file: int | None = None) -> None:
-        self.file = FileIO(os.memfd_create("muser-decoder") if file is None else file, "r+")
-        self._map = memoryview(b"")
-
-    def fit(self, size: int) -> None:
-        """Makes it at least so long, and not much longer: one huge member is not kept for. The parent's part."""
-        if len(self._map) < size or len(self._map) > _MOST_BYTES >= size:
-            self.file.truncate(-(-size // _STEP_BYTES) * _STEP_BYTES)
-
-    def view(self, size: int) -> memoryview:
-        """The first `size` bytes; what is in them stays."""
-        length = os.fstat(self.file.fileno()).st_size
-        if len(self._map) != length:
-            self._map = memoryview(mmap.mmap(self.file.fileno(), length))
-        return self._map[:size]
+    n = _TOGETHER
+    layout = np.dtype(
+        [("done", "i8", (1,)), ("length", "i8", n), ("text", "S1024", n), ("crop", "i2", (n, config.crop_samples))]
+    )
+    os.truncate(memory, layout.itemsize)
+    record = np.frombuffer(mmap.mmap(memory, layout.itemsize), layout)
+    return {name: record[name][0] for name in layout.names or ()}
 
 
-_STEP_BYTES, _MOST_BYTES = 4 << 20, 64 << 20
-
-
-def _serve(requests: socket.socket, memory: _SharedMemory, config: DataConfig) -> None:
+def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataConfig) -> None:
     """The child: answers requests until the parent is gone."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
@@ -211,29 +249,35 @@ def _serve(requests: socket.socket, memory: _SharedMemory, config: DataConfig) -
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         signal.alarm(0)
-        size, *crop = _receive(requests).split()
-        signal.alarm(2 * round(SECONDS))  # should the parent be gone, nobody else ends what never ends
-        try:
-            data = memory.view(int(size)).tobytes()
-            if crop:
-                position, seed = crop
-                waveform, length = audio.decode(data, config, float(position), None if seed == "None" else int(seed))
-                memory.view(waveform.nbytes)[:] = waveform.view(np.uint8).data
-                answer = str(length)
-            else:
-                answer = " ".join(map(str, audio.probe(data)))
-        except DataError as error:
-            answer = f"!{error}"
-        except Exception as error:  # whatever it is, one row must not end the run
-            answer = f"!{type(error).__name__}: {error}"
-        _send(requests, answer)
+        text, files, *_ = socket.recv_fds(requests, _REQUEST_BYTES, _TOGETHER)
+        if not text:
+            return
+        for i, (file, (offset, size, *crop)) in enumerate(zip(files, json.loads(text), strict=True)):
+            signal.alarm(2 * round(SECONDS))  # should the parent be gone, nobody else ends what never ends
+            length, words = 0, ""
+            try:
+                data = Stored(file, offset, size).read()
+                if crop:
+                    shared["crop"][i], length = audio.decode(data, config, *crop)
+                else:
+                    words = json.dumps(audio.probe(data))
+            except DataError as error:
+                length, words = -1, str(error)
+            except Exception as error:  # whatever it is, one row must not end the run
+                length, words = -1, f"{type(error).__name__}: {error}"
+            finally:
+                os.close(file)
+            shared["length"][i], shared["text"][i] = length, words.encode(errors="replace")
+            shared["done"][0] = i + 1
+        requests.send(b".")
+
+
+_REQUEST_BYTES = 256 * _TOGETHER
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    end, shared, settings = sys.argv[1:]
+    end, memory, settings = sys.argv[1:]
     clips = TypeAdapter(DataConfig).validate_json(settings)
-    try:
-        _serve(socket.socket(fileno=int(end)), _SharedMemory(int(shared)), clips)
-    except (EOFError, ConnectionError):
-        sys.exit(0)
+    with contextlib.suppress(ConnectionError):
+        _serve(socket.socket(fileno=int(end)), _share(int(memory), clips), clips)

@@ -20,7 +20,7 @@ _PAUSE_SECONDS = 0.02
 
 # Task numbers that come at a time, and that must be left before more do: more than a large pool takes
 # between two looks of the scheduler. Ray Data keeps a record of each time from the start, so not too few.
-_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 1024, 512
+_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 256, 256
 
 
 class TaskNumbers(Datasource):

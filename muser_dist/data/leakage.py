@@ -4,17 +4,22 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from muser_dist.data.tar import Stored
 from muser_dist.data.text import flat, normal_form
 
 # Enough of a file to tell it from others; hashing all of it would cost a tenth of decoding it.
 _PROBE_BYTES = 4096
 
 
-def file_id(sound: bytes | memoryview) -> int:
-    """An id in [0, 2^63) of an encoded file, equal for equal files."""
-    half = len(sound) // 2
-    probes = bytes(sound[half : half + _PROBE_BYTES]), bytes(sound[-_PROBE_BYTES:])
-    return _id(b"audio", str(len(sound)).encode(), *probes)
+def file_id(sound: Stored) -> int:
+    """An id in [0, 2^63) of an encoded file, equal for equal files.
+
+    Raises:
+        DataError: the shard ends inside it.
+    """
+    half, size = sound.size // 2, sound.size
+    probes = sound.read(half, half + _PROBE_BYTES), sound.read(max(0, size - _PROBE_BYTES))
+    return _id(b"audio", str(size).encode(), *probes)
 
 
 def title_id(fields: Mapping[str, Any]) -> list[int]:

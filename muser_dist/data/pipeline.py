@@ -87,15 +87,11 @@ def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:
         for number in range(min(count, rows)):
             row = reader.row(shard, number)
             with contextlib.suppress(DataError, OSError):  # evaluation says what is wrong with it
-                ids.add(file_id(row.read_audio(_new_memory)))
+                ids.add(file_id(row.sound()))
             with contextlib.suppress(DataError, OSError):
                 ids.update(title_id(read_fields(row.read("json"), None)))
         rows -= min(count, rows)
     return np.array(sorted(ids), np.int64)
-
-
-def _new_memory(size: int) -> memoryview:
-    return memoryview(bytearray(size))
 
 
 def plan_digest(reader: ChunkReader, steps: int) -> str:

@@ -3,14 +3,13 @@
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from muser_dist.data.audio import EXTENSIONS
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
-from muser_dist.data.tar import Member, Sample, read_member, walk
+from muser_dist.data.tar import Member, Sample, Stored, walk
 from muser_dist.errors import DataError
 
 # Seconds after which a shard that could not be opened is tried again: the network may be back.
@@ -48,22 +47,23 @@ class Row:
         Raises:
             DataError: the shard ends inside it.
         """
-        member = (self._members or {}).get(extension)
-        return bytes(read_member(self._file, member)) if member and self._file else None
+        stored = self._stored(extension)
+        return stored.read() if stored else None
 
-    def read_audio(self, into: Callable[[int], memoryview]) -> memoryview:
-        """The bytes of its audio.
-
-        Args:
-            into: gives memory of a size, such as `Decoder.memory`.
+    def sound(self) -> Stored:
+        """Its audio, good for as long as this row is.
 
         Raises:
-            DataError: it has none, or the shard ends inside it.
+            DataError: it has none.
         """
-        member = (self._members or {}).get(self.audio or "")
-        if not member or not self._file:
+        stored = self._stored(self.audio or "")
+        if stored is None:
             raise DataError(f"no audio member ({', '.join(EXTENSIONS)})")
-        return read_member(self._file, member, into(member.size))
+        return stored
+
+    def _stored(self, extension: str) -> Stored | None:
+        member = (self._members or {}).get(extension)
+        return Stored(self._file.fileno(), member.offset, member.size) if member and self._file else None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ decided here. Nothing is ever written to disk by a member's name, links are not 
 nothing is unpickled.
 """
 
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,32 @@ class Member:
     name: str
     offset: int
     size: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A member of an open shard.
+
+    Attributes:
+        file: descriptor of the shard.
+        offset, size: bytes of the shard that are the member.
+    """
+
+    file: int
+    offset: int
+    size: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Its bytes from `start` to before `stop`, or to its end.
+
+        Raises:
+            DataError: the shard ends before them.
+        """
+        stop = self.size if stop is None else min(stop, self.size)
+        data = os.pread(self.file, max(0, stop - start), self.offset + start)
+        if len(data) < stop - start:
+            raise DataError(f"cut short: {start + len(data):,} of {self.size:,} bytes are there")
+        return data
 
 
 @dataclass
@@ -142,22 +169,3 @@ def _refusal(info: tarfile.TarInfo, name: str, extension: str, sample: Sample) -
     if extension in sample.members:
         return f"two members named {name!r}"
     return None
-
-
-def read_member(file: BinaryIO, member: Member, memory: memoryview | None = None) -> memoryview:
-    """The bytes of a member.
-
-    Args:
-        file: the shard.
-        member: of the shard.
-        memory: where they go, as long as the member; new memory when not given.
-
-    Raises:
-        DataError: the shard ends inside it.
-    """
-    memory = memoryview(bytearray(member.size)) if memory is None else memory
-    file.seek(member.offset)
-    length = file.readinto(memory)  # type: ignore[attr-defined]
-    if length < member.size:
-        raise DataError(f"cut short: {length:,} of {member.size:,} bytes are there")
-    return memory

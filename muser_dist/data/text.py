@@ -5,7 +5,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -162,22 +163,27 @@ def render(
     """
     clauses: list[str] = []
     facts: dict[str, Value] = {}
-    for clause in template.split(","):
-        needed = _FIELD.findall(clause)
+    for words, needed in _clauses(template):
         if all(name in fields for name, _ in needed):
-            stated = {name: _state(fields[name], bool(one), rng) for name, one in needed}
-            clauses.append(_FIELD.sub(partial(_say, stated), clause).strip())
+            stated = {name: _state(fields[name], one, rng) for name, one in needed}
+            said = (value if isinstance(value := stated[name], str) else ", ".join(value) for name, _ in needed)
+            clauses.append("".join(chain.from_iterable(zip_longest(words, said, fillvalue=""))).strip())
             facts.update(stated)
     return (", ".join(clauses), facts) if facts else ("", {})
 
 
+@lru_cache
+def _clauses(template: str) -> list[tuple[list[str], list[tuple[str, bool]]]]:
+    """Of each clause, the words around its fields, and the fields with whether one entry is drawn."""
+    clauses = []
+    for clause in template.split(","):
+        parts = _FIELD.split(clause)  # words, name, one or None, words, ...
+        clauses.append((parts[::3], [(name, bool(one)) for name, one in zip(parts[1::3], parts[2::3], strict=True)]))
+    return clauses
+
+
 def _state(value: Value, one: bool, rng: np.random.Generator | None) -> Value:
     return value[int(rng.integers(len(value))) if rng else 0] if one and isinstance(value, list) else value
-
-
-def _say(stated: Mapping[str, Value], field: re.Match[str]) -> str:
-    value = stated[field[1]]
-    return value if isinstance(value, str) else ", ".join(value)
 
 
 def text_id(facts: Mapping[str, Value]) -> int:
@@ -225,14 +231,15 @@ class WordTokenizer:
         lengths = np.zeros(len(sentences), np.int32)
         for row, sentence in enumerate(sentences):
             words = _WORD.findall(unicodedata.normalize("NFKC", sentence).casefold())
-            tokens = [1, *(self._bucket(word) for word in words)][: self.max_tokens]
+            tokens = [1, *(2 + _hash(word) % (self.vocabulary - 2) for word in words)][: self.max_tokens]
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return ids, lengths
 
-    def _bucket(self, word: str) -> int:
-        digest = hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest()
-        return 2 + int.from_bytes(digest, "big") % (self.vocabulary - 2)
+
+@lru_cache(maxsize=1 << 16)
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest(), "big")
 
 
 class HuggingFaceTokenizer:
