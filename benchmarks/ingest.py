@@ -1,6 +1,6 @@
 """How fast training chunks come out of our data path, next to other ways to read the same shards.
 
-python benchmarks/ingest.py --json OUT.json     writes OUT.md beside it; under 25 minutes on two cores
+python benchmarks/ingest.py --json OUT.json     writes OUT.md beside it; half an hour on two cores
 python benchmarks/ingest.py --json OUT.json --seconds 8 --rounds 1 --formats mp3 --plan 100 1000     a trial
 """
 
@@ -25,23 +25,20 @@ import numpy as np
 from ingest_page import page
 from ingest_rivals import BATCH, CONTESTANTS
 
-from muser_dist.data.decoder import MALLOC
-
 FORMATS = ("mp3", "flac", "ogg")
 RATE = 44_100
 CLIP_SECONDS = 30.0
 START_SECONDS = {False: 6, True: 15}
 """About how long a contestant takes to its first batch, without Ray and with it."""
 
-RAY = ("ours", "ray_webdataset")
-"""Contestants with an object store, which also meet a slow consumer."""
+RAY = ("ours", "ray_webdataset", "ray_webdataset_tuned")
+"""Contestants with an object store; the first two also meet a slow consumer."""
 
 SLOW_STORE_MB = 512
 """Object store under the slow consumer: so small that it is full before the measured time begins."""
 
 # Without it, libraries in each of the decoding processes would start as many threads as there are cores.
-# For all contestants the memory setting that our decoder makes for itself: it is no merit of a framework.
-ENVIRONMENT = MALLOC | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ENVIRONMENT = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 times = {"seconds": seconds[kind], "warmup": seconds[kind] / 4}
                 task = {"task": "speed", "contestant": name, "setting": setting(kind)} | times
                 jobs.append(Job(known, task, seconds[kind] + START_SECONDS[name in RAY]))
-    for name in [name for name in RAY if name in options.contestants]:
+    for name in [name for name in RAY[:2] if name in options.contestants]:
         known = {"contestant": name, "format": main_format, "round": 0, "consumer": "slow"}
         times = {"seconds": options.seconds, "warmup": 0.6 * options.seconds}
         task = {"task": "speed", "contestant": name, "setting": setting(main_format, store_mb=SLOW_STORE_MB)} | times
@@ -205,6 +202,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cpu = [_figures(rows, name, main_format, "cpu_seconds_per_clip") for name in ("ours", "limit")]
     if all(cpu):
         ratios["cpu_ours_over_limit"] = round(statistics.median(cpu[0][i] / cpu[1][i] for i in cpu[0]), 3)
+    if slow := [row for row in rows if (row["contestant"], row["consumer"]) == ("ours", "slow")]:
+        buffer_mb = (SLOW_STORE_MB // 4 << 20) / 1e6
+        ratios["slow_store_peak_over_buffer"] = round(slow[0]["object_store"]["peak_mb"] / buffer_mb, 3)
     results: dict[str, Any] = {"cores": options.cores, "rows": rows, "ratios": ratios, "ratios_by_round": by_round}
     if options.plan:
         results |= run(plan_job)

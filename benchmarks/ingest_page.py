@@ -4,7 +4,8 @@ import statistics
 from typing import Any
 
 _WHAT = {
-    "limit": "bare loops over our decoder, one process for each core: seek, read, decode, nothing else",
+    "limit": "bare loops over our decoder, one process for each core: seek, read, decode, nothing else; with the "
+    "allocator setting that our decoding processes make for themselves",
     "ours": "`ray_dataset` as one training worker consumes it, in order and shuffled; also renders sentences, "
     "tokenizes them and makes everything else that a chunk holds",
     "usual_stack": "webdataset and a torch DataLoader; decodes the whole clip, resamples it whole with torchaudio, "
@@ -12,6 +13,8 @@ _WHAT = {
     "webdataset_same_decode": "webdataset and a torch DataLoader with our decoder",
     "ray_webdataset": "`ray.data.read_webdataset` and `map_batches` with our decoder, in Ray Data's default settings, "
     "not shuffled",
+    "webdataset_same_decode_tuned": "as webdataset_same_decode, with our allocator setting",
+    "ray_webdataset_tuned": "as ray_webdataset, with our allocator setting",
 }
 
 

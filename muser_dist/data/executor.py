@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import ray.data
 from ray.data import Datasource, ReadTask
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     ConcurrencyCapBackpressurePolicy,
@@ -18,9 +19,13 @@ from ray.data.block import BlockMetadata
 
 _PAUSE_SECONDS = 0.02
 
+# How long the scheduler waits for all running tasks before it looks what some have made. At Ray's own 0.1 s,
+# for which it has no setting, looking takes a thirtieth of the CPU time of decoding on two cores.
+streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.25
+
 # Task numbers that come at a time, and that must be left before more do: more than a large pool takes
 # between two looks of the scheduler. Ray Data keeps a record of each time from the start, so not too few.
-_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 256, 256
+_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 256, 128
 
 
 class TaskNumbers(Datasource):
@@ -38,7 +43,7 @@ class TaskNumbers(Datasource):
         return 8 * self.count
 
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        """Read tasks of a thousand numbers each."""
+        """Read tasks of a few hundred numbers each."""
 
         def task(start: int) -> ReadTask:
             stop = min(start + _NUMBERS_AT_A_TIME, self.count)
@@ -94,6 +99,7 @@ def set_context() -> None:
     """Sets this process's DataContext, which datasets made afterwards take along."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
+    context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
     context.set_config(
@@ -102,11 +108,18 @@ def set_context() -> None:
     )
 
 
-def execution_options(buffer_mib: int) -> ray.data.ExecutionOptions:
+def execution_options(buffer_mib: int, block_bytes: int, slots: int) -> ray.data.ExecutionOptions:
     """Options for splitting: with `preserve_order`, block i goes to split i mod W.
 
     Args:
-        buffer_mib: MiB of the object store that blocks may fill while they wait to be consumed.
+        buffer_mib: MiB of the object store that blocks may fill while they wait to be consumed; three
+            blocks for each slot where that is more.
+        block_bytes: size of a block.
+        slots: tasks that run at a time.
     """
-    limits = ray.data.ExecutionResources(object_store_memory=buffer_mib << 20)
+    # Ray counts a task's blocks when it fetches them; until then a task may have two.
+    uncounted = 2 * slots * block_bytes
+    limits = ray.data.ExecutionResources(
+        object_store_memory=max((buffer_mib << 20) - uncounted, slots * block_bytes, 1)
+    )
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)

@@ -13,6 +13,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_digest
 from muser_dist.data.config import SourceConfig
+from muser_dist.data.decoder import keep_freed_memory
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan
 from muser_dist.data.rows import RowReader
@@ -123,6 +124,7 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     tasks = -(-(last - first) // at_once)
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        keep_freed_memory()  # chunks come and go
         for task in batch["id"].tolist():
             start = first + task * at_once
             for chunk in reader.read(range(start, min(last, start + at_once))):

@@ -159,6 +159,7 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
         MuserError: training stopped for good.
     """
     connect(config)
+    slots = int(ray.cluster_resources()["CPU"] - config.train.workers * config.train.cpus_per_worker)
     stopped = config.folder / STOPPED
     stopped.unlink(missing_ok=True)
     if step := committed_step(config):
@@ -172,7 +173,9 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
         train_worker,
         train_loop_config={"config": to_dict(config)},
         datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options(config.data.buffer_mib)),
+        dataset_config=ray.train.DataConfig(
+            execution_options=execution_options(config.data.buffer_mib, reader.chunk_bytes, slots)
+        ),
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,
