@@ -77,7 +77,7 @@ def test_the_commands_of_the_page(address, tmp_path):
 
 def test_every_command_of_the_page_names_options_that_exist():
     """Also those that need a cluster or a bucket: each option occurs in the help of its job."""
-    commands = re.findall(r"python (jobs/\w+\.py) (\w+)((?:[^\n`]|\\\n)*)", PAGE.read_text())
+    commands = re.findall(r"python (jobs/\w+\.py) (\w+)((?:\\\n|[^\n`])*)", PAGE.read_text())
     assert commands
     helps: dict[tuple[str, str], str] = {}
     for job, subject, arguments in commands:

@@ -1,7 +1,9 @@
 """How Ray Data executes the pipeline: order, block size, memory, and a scheduler that does not spin."""
 
 import time
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -19,46 +21,51 @@ from ray.data.block import BlockMetadata
 
 _PAUSE_SECONDS = 0.02
 
-# How long the scheduler waits for all running tasks before it looks what some have made. At Ray's own 0.1 s,
-# for which it has no setting, looking takes a thirtieth of the CPU time of decoding on two cores.
-streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.25
-
-# Task numbers that come at a time, and that must be left before more do: more than a large pool takes
-# between two looks of the scheduler. Ray Data keeps a record of each time from the start, so not too few.
-_NUMBERS_AT_A_TIME, _NUMBERS_LEFT = 256, 128
+_SLOTS = "muser_dist.slots"
+"""Key of the DataContext under which the policies below find the number of slots."""
 
 
 class TaskNumbers(Datasource):
     """The column "id" with 0 to count - 1, one row a block: a decoding task each.
 
     They are made as they are needed: a run has millions, of which Ray Data would keep records.
+
+    Args:
+        count: tasks of the run.
+        slots: tasks that run at a time.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, slots: int) -> None:
         super().__init__()
         self.count = count
+        # Ray Data keeps a record of each time from the start, so not too few at a time.
+        self.at_a_time = max(64, 16 * slots)
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all numbers."""
         return 8 * self.count
 
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
-        """Read tasks of a few hundred numbers each."""
+        """Read tasks of `at_a_time` numbers each."""
 
         def task(start: int) -> ReadTask:
-            stop = min(start + _NUMBERS_AT_A_TIME, self.count)
+            stop = min(start + self.at_a_time, self.count)
 
             def read() -> Iterable[pa.Table]:
                 return (pa.table({"id": [number]}) for number in range(start, stop))
 
             return ReadTask(read, BlockMetadata(stop - start, 8 * (stop - start), None, None))
 
-        return [task(start) for start in range(0, self.count, _NUMBERS_AT_A_TIME)]
+        return [task(start) for start in range(0, self.count, self.at_a_time)]
 
     def dataset(self) -> ray.data.Dataset:
         """The numbers as a dataset that takes no decoding slot."""
-        blocks = -(-self.count // _NUMBERS_AT_A_TIME)
-        return ray.data.read_datasource(self, override_num_blocks=blocks, num_cpus=0, concurrency=1)
+        blocks = -(-self.count // self.at_a_time)
+        at_once = {"_generator_backpressure_num_objects": -1}  # else two at each look of the scheduler
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
+            return ray.data.read_datasource(
+                self, override_num_blocks=blocks, num_cpus=0, concurrency=1, ray_remote_args=at_once
+            )
 
 
 class _PausesWhenFull:
@@ -83,21 +90,32 @@ class PausingResourceBudget(_PausesWhenFull, ResourceBudgetBackpressurePolicy):
 class NumbersOnDemand(BackpressurePolicy):
     """Makes more task numbers only when few are left: memory does not limit what is so small."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        slots = self._data_context.get_config(_SLOTS)
+        self._left = max(32, 8 * slots)  # more than the slots take between two looks of the scheduler
+        # It waits so long for all running tasks before it looks what some have made; Ray has no setting for that.
+        # At Ray's own 0.1 s looking takes a thirtieth of two cores; with many slots what ends has to wait less.
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = max(0.1, 0.75 / slots)
+
     def can_add_input(self, op: PhysicalOperator) -> bool:
         if not op.name.startswith("Read"):
             return True
-        return all(
-            self._topology[after].total_enqueued_input_blocks() < _NUMBERS_LEFT for after in op.output_dependencies
-        )
+        return all(self._topology[after].total_enqueued_input_blocks() < self._left for after in op.output_dependencies)
 
 
 class PausingDownstreamCapacity(_PausesWhenFull, DownstreamCapacityBackpressurePolicy):
     """Ray's limit by what later operators can take, pausing."""
 
 
-def set_context() -> None:
-    """Sets this process's DataContext, which datasets made afterwards take along."""
+def set_context(slots: int) -> None:
+    """Sets this process's DataContext, which datasets made afterwards take along.
+
+    Args:
+        slots: tasks that run at a time.
+    """
     context = ray.data.DataContext.get_current()
+    context.set_config(_SLOTS, slots)
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False

@@ -115,6 +115,7 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     options of muser_dist/data/executor.py, block i goes to split i mod W.
     """
     import pyarrow as pa
+    import ray
     from ray.data.extensions import ArrowTensorArray
 
     from muser_dist.data.executor import TaskNumbers, set_context
@@ -140,6 +141,7 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
                     }
                 )
 
-    set_context()
+    slots = max(1, int(ray.cluster_resources().get("CPU", 1)))  # at most: those of the workers are among them
+    set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
-    return TaskNumbers(tasks).dataset().map_batches(read, batch_size=None, num_cpus=1)
+    return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1)
