@@ -25,9 +25,8 @@ from muser_dist.errors import DataError
 if TYPE_CHECKING:
     import ray.data
 
-# Rows of one task. A task walks the headers of the shards of its window when its process has not
-# yet, so it should decode many rows; and tasks should be many more than decoding slots, so that
-# the pool stays busy.
+# Most rows of one task. Starting one costs the time of decoding a few rows, and it walks the headers of the
+# shards of its window when its process has not yet, so it should decode many.
 ROWS_PER_TASK = 256
 
 
@@ -121,7 +120,10 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     from muser_dist.data.executor import TaskNumbers, set_context
 
     first, last = first_step * reader.slots_per_step, steps * reader.slots_per_step
-    at_once = max(1, ROWS_PER_TASK // reader.chunk)
+    slots = max(1, int(ray.cluster_resources().get("CPU", 1)))  # at most: those of the workers are among them
+    # Chunks are dealt in order, so those of later tasks wait for all of the first: they must fit into the buffer.
+    fitting = (reader.data.buffer_mib << 20) // (2 * slots * reader.chunk_bytes)
+    at_once = max(1, min(ROWS_PER_TASK // reader.chunk, fitting))
     tasks = -(-(last - first) // at_once)
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
@@ -141,7 +143,6 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
                     }
                 )
 
-    slots = max(1, int(ray.cluster_resources().get("CPU", 1)))  # at most: those of the workers are among them
     set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
     return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1)
