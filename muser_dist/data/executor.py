@@ -38,8 +38,9 @@ class TaskNumbers(Datasource):
     def __init__(self, count: int, slots: int) -> None:
         super().__init__()
         self.count = count
-        # Ray Data keeps a record of each time from the start, so not too few at a time.
-        self.at_a_time = max(64, 16 * slots)
+        # Not few at a time: Ray Data keeps a record of each time from the start, and each starts a process, which
+        # takes seconds.
+        self.at_a_time = max(1024, 16 * slots)
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all numbers."""
@@ -93,7 +94,7 @@ class NumbersOnDemand(BackpressurePolicy):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         slots = self._data_context.get_config(_SLOTS)
-        self._left = max(32, 8 * slots)  # more than the slots take between two looks of the scheduler
+        self._left = max(256, 8 * slots)  # more than the slots take between two looks of the scheduler
         # It waits so long for all running tasks before it looks what some have made; Ray has no setting for that.
         # At Ray's own 0.1 s looking takes a thirtieth of two cores; with many slots what ends has to wait less.
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = max(0.1, 0.75 / slots)
