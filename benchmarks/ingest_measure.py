@@ -88,7 +88,7 @@ class _Watch:
         self._thread.start()
 
     def _look_on(self) -> None:
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(2.0):
             self._look()
 
     def stop(self) -> None:

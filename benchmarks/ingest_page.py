@@ -85,7 +85,7 @@ def _speed(results: dict[str, Any]) -> str:
             f"{results['ratios']['cpu_ours_over_limit']:.2f} of the limit on {next(iter(results['data']))}."
         )
     parts.append(
-        "Waits are the time blocked for a batch of 64, idle consumer. The first batch counts from the start of\n"
+        "Waits are the time blocked for a batch of 128, idle consumer. The first batch counts from the start of\n"
         "Python, with imports and, where there is one, the start of Ray. CPU is that of the whole tree of\n"
         "processes, Ray's daemons included."
     )

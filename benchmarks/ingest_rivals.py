@@ -1,7 +1,7 @@
 """The contestants of ingest.py: functions that yield the number of rows of each batch they deliver.
 
 All read JSON and audio of every row from the same shards and deliver 5 s at a random place of each
-clip, 16 kHz mono, in batches of 64, without end. Only ours also makes sentences, token ids and
+clip, 16 kHz mono, in batches of 128, without end. Only ours also makes sentences, token ids and
 everything else that a training chunk holds. Imports are local: a contestant pays for its own alone.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-BATCH = 64
+BATCH = 128
 SAMPLE_RATE = 16_000
 CROP_SECONDS = 5.0
 SAMPLES = round(CROP_SECONDS * SAMPLE_RATE)

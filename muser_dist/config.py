@@ -72,32 +72,59 @@ class TemperatureConfig(Strict):
     """Whether it is trained."""
     minimum: float = 0.01
     """Lowest temperature (similarities are multiplied by at most its inverse)."""
+    maximum: float = 100.0
+    """Highest temperature."""
     shared: bool = False
     """One temperature for all pairs instead of one for each."""
 
     def __post_init__(self) -> None:
         require(
-            0 < self.minimum <= self.init,
-            f"objective.temperature: need 0 < minimum <= init, not minimum {self.minimum} and init {self.init}",
+            0 < self.minimum <= self.init <= self.maximum,
+            f"objective.temperature: need 0 < minimum <= init <= maximum, not minimum {self.minimum}, "
+            f"init {self.init} and maximum {self.maximum}",
         )
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Strict):
     name: str = "contrastive"
-    """"contrastive" (symmetric InfoNCE) or your own objective as "package.module:function"."""
+    """"contrastive" (symmetric InfoNCE), "decoupled", "sigmoid", "debiased", "similarity_weighted", "muser_poster",
+    "muser_code" (docs/objective.md), or your own objective as "package.module:function"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the objective: "debiased" takes tau_plus and beta, "similarity_weighted" kappa."""
     pairs: tuple[PairConfig, ...] = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
     """Modalities that are contrasted with each other."""
-    targets: Literal["instance", "same_text"] = "same_text"
-    """What counts as a match: only the row itself, or every row whose text states the same facts."""
+    targets: Literal["instance", "same_text", "same_label"] = "same_text"
+    """What counts as a match: only the row itself, every row whose text states the same facts, or every row
+    with the same value of data.label."""
+    exclude_same_text: bool = False
+    """Leaves rows whose text states the same facts out of the negatives where they are no match."""
     temperature: TemperatureConfig = TemperatureConfig()
     """Temperature of the softmax."""
+    bias: float | None = None
+    """Start of a learned bias of all similarities, one for each pair; "sigmoid" needs it (SigLIP: -10)."""
+    normalise: bool = True
+    """Compares by cosine; without, by the dot product of the embeddings as they are (CLaMP 2 and 3)."""
+    dims: tuple[int, ...] = ()
+    """Trains these many leading dimensions of the embedding as embeddings of their own (Matryoshka)."""
+    bf16: bool = False
+    """Rounds embeddings to bfloat16 before they are gathered and compared: half of the traffic, and tensor cores.
+    Sums and gradients stay float32."""
+    gather_mib: int = 4096
+    """MiB of gathered embeddings that a worker may hold; above, blocks of them travel in a ring instead."""
 
     def __post_init__(self) -> None:
         require(len(self.pairs) > 0, "objective.pairs is empty; name at least one pair of modalities")
         for pair in self.pairs:
             require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
             require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
+        require(
+            self.name != "sigmoid" or self.bias is not None,
+            "objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10",
+        )
+        require(all(dim >= 1 for dim in self.dims), "objective.dims: a number of dimensions must be at least 1")
+        require(len(set(self.dims)) == len(self.dims), "objective.dims: numbers of dimensions must differ")
+        require(self.gather_mib >= 0, "objective.gather_mib must not be negative")
 
 
 @dataclass(frozen=True)
@@ -118,6 +145,10 @@ class TrainConfig(Strict):
     """Rows in one optimizer step over all workers (N); every row is a negative for every other."""
     chunk: int = 32
     """Rows that are dealt and encoded at a time (c); must divide global_batch."""
+    cache_gradients: bool = True
+    """Encodes chunks twice, so that memory holds the activations of one chunk however many a step has (GradCache).
+    Off, it holds those of all of a worker's chunks, and a step takes a quarter less time. The result is the same,
+    and so is the time where each worker has one chunk."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_samples: int = 4_096
@@ -211,6 +242,14 @@ class RunConfig(Strict):
                     f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
+        require(
+            max(self.objective.dims, default=0) <= self.model.projection_dim,
+            f"objective.dims goes beyond model.projection_dim ({self.model.projection_dim})",
+        )
+        require(
+            self.objective.targets != "same_label" or bool(self.data.label),
+            'objective.targets "same_label" needs the name of a metadata field: data.label',
+        )
         require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":
@@ -240,6 +279,7 @@ OPERATIONAL = frozenset(
         "train.cpus_per_worker",
         "train.keep_checkpoints",
         "train.max_failures",
+        "objective.gather_mib",
     }
 )
 """Settings that do not change what a run computes: they may differ when it goes on."""

@@ -19,7 +19,7 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 
-FORMAT = 2
+FORMAT = 3
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
 Clip = str | Path | bytes | np.ndarray

@@ -19,6 +19,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     text_ids         int32 (c, max_tokens)
     text_length      int32 (c,)
     text_id          int64 (c,)      which texts state the same facts; -1 where there is none
+    label_id         int64 (c,)      which rows have the same value of data.label; -1 where there is none
     in_val           bool  (c,)      same audio or same title as a validation row
     fields           str   (c,)      metadata as JSON; in evaluation only
     problems         list of str     JSON entries for the quarantine
@@ -182,7 +183,7 @@ class ChunkReader:
     def _decode(self, outline: Outline) -> Chunk:
         c, data = self.chunk, self.data
         waveforms = np.empty((c, data.crop_samples), np.int16)
-        lengths, text_ids = np.zeros(c, np.int32), np.full(c, -1, np.int64)
+        lengths, text_ids, label_ids = np.zeros(c, np.int32), np.full(c, -1, np.int64), np.full(c, -1, np.int64)
         heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
@@ -226,6 +227,8 @@ class ChunkReader:
                     in_val[i] = np.isin([*ids, *title_id(values)], self.val_ids).any()
                 if not self.plan.shuffle:
                     fields[i] = json.dumps(flat(values))
+                if data.label and (label := flat(values).get(data.label)):
+                    label_ids[i] = text_id({data.label: label})
                 sentences[i], facts = policies[outline.rows.source[i]].say(values, rng)
                 text_ids[i] = text_id(facts)
                 stated[i] = True
@@ -253,6 +256,7 @@ class ChunkReader:
             "text_ids": token_ids,
             "text_length": token_counts,
             "text_id": text_ids,
+            "label_id": label_ids,
             "in_val": in_val,
             "fields": fields,
             "problems": problems,

@@ -132,6 +132,8 @@ class DataConfig(Strict):
     """Probability with which each line of a value of several lines is left out, in training."""
     languages: tuple[str, ...] = ()
     """Where a value is an object {language: text}, the languages that are drawn from; all when empty."""
+    label: str = ""
+    """Metadata field whose value is a row's label, for objective.targets "same_label"."""
     tokenizer: str = "words"
     """"words" (hashed words, needs no files) or a Hugging Face tokenizer: local path or name."""
     vocabulary: int = 16_384

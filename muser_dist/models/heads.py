@@ -1,4 +1,4 @@
-"""What stands between a tower and the joint space: pooling, projection, temperature."""
+"""What stands between a tower and the loss: pooling, projection, temperature."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muser_dist.config import TemperatureConfig
+from muser_dist.config import ObjectiveConfig
 
 
 def masked_mean(sequence: Tensor, lengths: Tensor) -> Tensor:
@@ -44,23 +44,28 @@ class _ClampInward(torch.autograd.Function):
         return grad.masked_fill(leads_out, 0.0), None, None
 
 
-class Temperature(nn.Module):
-    """The factors that similarities are multiplied by: inverse temperatures, one for each pair.
+class LogitScale(nn.Module):
+    """How similarities become logits: inverse temperatures and, where the objective has them, biases.
 
-    Parameters are logarithms, of shape [1] because DeepSpeed cannot take scalars, and start at
-    -log(init). The factor is at most 1/minimum and at least 0.01.
+    Parameters are the temperatures' negative logarithms, of shape [1] because DeepSpeed cannot take
+    scalars, and the biases themselves, likewise.
     """
 
-    def __init__(self, config: TemperatureConfig, pairs: int) -> None:
+    def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
-        self.pairs = pairs
-        self.log_scale_max = -math.log(config.minimum)
+        temperature, self.pairs = config.temperature, len(config.pairs)
+        self.bounds = -math.log(temperature.maximum), -math.log(temperature.minimum)
         self.log_scale = nn.ParameterList(
-            nn.Parameter(torch.tensor([-math.log(config.init)]), requires_grad=config.learnable)
-            for _ in range(1 if config.shared else pairs)
+            nn.Parameter(torch.tensor([-math.log(temperature.init)]), requires_grad=temperature.learnable)
+            for _ in range(1 if temperature.shared else self.pairs)
         )
+        biases = 0 if config.bias is None else self.pairs
+        self.bias = nn.ParameterList(nn.Parameter(torch.tensor([config.bias])) for _ in range(biases))
 
-    def forward(self) -> Tensor:
-        """(pairs,) float32."""
+    def forward(self) -> dict[str, Tensor]:
+        """ "scale" and perhaps "bias", (pairs,) float32 each."""
         log_scale = torch.cat(list(self.log_scale)).expand(self.pairs)
-        return _ClampInward.apply(log_scale, math.log(0.01), self.log_scale_max).exp()
+        out = {"scale": _ClampInward.apply(log_scale, *self.bounds).exp()}
+        if len(self.bias):
+            out["bias"] = torch.cat(list(self.bias))
+        return out

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from muser_dist.config import DataConfig, RunConfig, TowerConfig
 from muser_dist.errors import ConfigError
-from muser_dist.models.heads import ProjectionHead, Temperature
+from muser_dist.models.heads import LogitScale, ProjectionHead
 from muser_dist.models.spectrogram import SpectrogramTower
 from muser_dist.models.text import TextTower
 from muser_dist.models.waveform import WaveformTower
@@ -64,7 +64,7 @@ class MultimodalModel(nn.Module):
                     for name, tower in self.towers.items()
                 }
             )
-        self.temperature = Temperature(config.objective.temperature, len(config.objective.pairs))
+        self.logits = LogitScale(config.objective)
 
     def forward(self, batch: dict[str, Tensor], moment: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Encodes every modality of a chunk.
@@ -75,9 +75,8 @@ class MultimodalModel(nn.Module):
                 dropout: the same on every number of workers, and again in a second pass.
 
         Returns:
-            (rows, projection_dim) float32 for each modality, not normalised; and "scale",
-            (pairs,): the inverse temperatures. They come from here because at ZeRO-3 a parameter
-            can be read only inside its module's forward.
+            (rows, projection_dim) float32 for each modality, not normalised; and what `LogitScale` gives:
+            it comes from here because at ZeRO-3 a parameter can be read only inside its module's forward.
         """
         out = {}
         # Here and not around the call: DeepSpeed switches an outer autocast off.
@@ -86,8 +85,7 @@ class MultimodalModel(nn.Module):
                 if moment is not None:
                     torch.manual_seed(_mix(self.seed, *moment, name))
                 out[name] = self.encode(name, batch)
-        out["scale"] = self.temperature()
-        return out
+        return out | self.logits()
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
         """One modality of a batch: (rows, projection_dim) float32, not normalised."""

@@ -1,4 +1,7 @@
-"""Gathering rows from all ranks, with the gradient that belongs to it."""
+"""What ranks exchange: plain collectives on tensors, and the one rule of gradients that needs a collective.
+
+Every function does nothing but copy where there is no process group or one rank.
+"""
 
 from typing import Any
 
@@ -13,14 +16,38 @@ def world() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenates the rows of all ranks, in rank order: (b, ...) to (W·b, ...).
+    """The rows of all ranks in rank order, without gradient: (b, ...) to (W·b, ...), b equal on all ranks."""
+    ranks = world()[1]
+    if ranks == 1:
+        return x.detach()
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
 
-    Every rank must give the same number of rows. The gradient of a rank's rows is the SUM of what
-    all ranks ask of them, so that losses whose shares sum over ranks to the global loss get the
-    gradient of the global loss. (Averaging here, as some released trainers do, would leave
-    encoders with 1/W of the gradient that the temperature gets.)
-    """
-    return _Gather.apply(x) if world()[1] > 1 else x
+
+def exchange(x: Tensor) -> Tensor:
+    """Gives x[r] to rank r and returns what all ranks gave to this one: (W, ...) to (W, ...)."""
+    if world()[1] == 1:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous())
+    return out
+
+
+def pass_on(tensors: list[Tensor]) -> list[Tensor]:
+    """Gives tensors to the next rank of the ring and returns those of the rank before, of the same shapes."""
+    rank, ranks = world()
+    if ranks == 1 or not tensors:
+        return tensors
+    received = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, x.contiguous(), after) for x in tensors]
+        + [dist.P2POp(dist.irecv, x, before) for x in received]
+    )
+    for work in works:
+        work.wait()
+    return received
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -31,16 +58,20 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-class _Gather(torch.autograd.Function):
+def equal_gradient(x: Tensor) -> Tensor:
+    """Returns x, which all ranks share; each gets 1/W of the gradient that its uses on all ranks sum to.
+
+    For parameters whose gradient is looked at before it is reduced: a clamp asks for its sign, and
+    the ranks' own shares may differ in that.
+    """
+    return _EqualGradient.apply(x) if world()[1] > 1 else x
+
+
+class _EqualGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        out = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad)
-        return out
+        return sum_over_ranks(grads[0]) / world()[1]

@@ -1,6 +1,9 @@
-"""Symmetric InfoNCE over the global batch, exact on any number of workers.
+"""Symmetric InfoNCE over the global batch, and the frame that all losses over pairs of modalities share.
 
-Shape suffixes: b rows of this rank, N = W·b rows of all ranks, D dimensions, P pairs.
+A loss of this frame is a function of one direction of a pair: it gets what is known of each anchor
+(`Anchors`) and returns a loss for each. Pairs, both directions, masks, ranks and normalisation are
+done here once, and the similarities in similarity.py. Shape suffixes: b rows of this rank, N of all
+ranks, D dimensions, P pairs.
 """
 
 from collections.abc import Callable
@@ -11,116 +14,171 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muser_dist.config import ObjectiveConfig
-from muser_dist.objectives.collectives import gather, sum_over_ranks, world
-from muser_dist.objectives.targets import match
-from muser_dist.plugins import resolve
+from muser_dist.objectives.batch import Batch, Logits, Loss
+from muser_dist.objectives.collectives import equal_gradient, sum_over_ranks, world
+from muser_dist.objectives.similarity import Pairs, row_statistics
+from muser_dist.objectives.statistics import LOWEST, LogSumExp, Statistic
+from muser_dist.objectives.targets import GlobalBatch, Matches
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What an objective knows of this rank's rows besides their features.
+class Anchors:
+    """One direction of a pair on this rank: anchors of one modality over candidates of the other.
 
     Attributes:
-        valid: by modality, (b,) bool: False rows are neither anchors nor candidates.
-        row: (b,) int64, number of the row in the data; padding is -1.
-        text_id: (b,) int64, equal where the texts state the same facts; below zero without text.
+        features: (b, D) of the anchors' modality, not normalised; zeros where there are none.
+        valid: (b,) bool.
+        scale: scalar.
+        statistic: (S, b), of `Statistic`.
+        positives: (b,) how many candidates are positives.
+        negatives: (b, K) logits of the rows' own hard negatives; LOWEST where there is none.
     """
 
-    valid: dict[str, Tensor]
-    row: Tensor
-    text_id: Tensor
+    features: Tensor
+    valid: Tensor
+    scale: Tensor
+    statistic: Tensor
+    positives: Tensor
+    negatives: Tensor | None
+
+    def log_sum(self, k: int = 0, alpha: float = 1.0) -> Tensor:
+        """(b,) the k-th log-sum-exp of `LogSumExp`, hard negatives included; LOWEST without any candidate."""
+        value = self.statistic[k].clamp(min=LOWEST)
+        if self.negatives is None:
+            return value
+        there = self.negatives > LOWEST / 2
+        return torch.logaddexp(value, torch.logsumexp(torch.where(there, alpha * self.negatives, LOWEST), dim=1))
+
+    def mean_positive(self) -> Tensor:
+        """(b,) mean logit of the positives."""
+        return self.statistic[-1] / self.positives
 
 
-@dataclass(frozen=True)
-class Loss:
-    """This rank's share: over all ranks, shares and metrics sum to those of the global batch.
-
-    Attributes:
-        share: scalar with gradient.
-        metrics: by name, detached scalars.
-    """
-
-    share: Tensor
-    metrics: dict[str, Tensor]
+AnchorLoss = Callable[[Anchors], tuple[Tensor, Tensor]]
+"""Returns a loss for each anchor and its weight in the mean, both (b,); weights have no gradient."""
 
 
-Objective = Callable[[dict[str, Tensor], Tensor, Batch, ObjectiveConfig], Loss]
+def mean_over_anchors(
+    features: dict[str, Tensor],
+    logits: Logits,
+    batch: Batch,
+    config: ObjectiveConfig,
+    statistic: Statistic,
+    anchor_loss: AnchorLoss,
+    share_of_directions: Tensor | None = None,
+    floor: bool = False,
+) -> Loss:
+    """The frame: the weighted mean of `anchor_loss` over the valid anchors of the global batch, summed over directions.
 
-
-def contrastive(features: dict[str, Tensor], scale_P: Tensor, batch: Batch, config: ObjectiveConfig) -> Loss:
-    """Cross-entropy of softmax(scale · cosine) against p_ij = 1/|P_i| over the positives P_i.
-
-    Per pair the mean over all valid anchors of the global batch and both directions (InfoNCE,
-    van den Oord et al. 2018; symmetric as in Radford et al. 2021; several positives as in
-    Khosla et al. 2020, outside the logarithm), then the weighted mean of the pairs.
+    With config.dims the loss of each pair is the mean over these many leading dimensions, normalised
+    anew (Matryoshka representation learning, Kusupati et al. 2022).
 
     Args:
-        features: by modality, (b, D) float, not normalised; b is the same on every rank.
-        scale_P: (P,) inverse temperatures, in the order of config.pairs.
-        batch: validity and ids of the rows.
-        config: pairs, weights, targets.
+        features, logits, batch, config: see `Objective`.
+        statistic: what the loss needs of similarities.
+        anchor_loss: the loss.
+        share_of_directions: (P, 2) factors of each pair's two directions; by default the pairs' weights,
+            divided by twice their sum.
+        floor: whether no loss of an anchor can be below log |positives|: then "loss_minus_entropy" is told.
 
     Returns:
-        the rank's share; metrics "loss", "loss_minus_entropy" (0 is perfect: the loss cannot go
-        below the entropy of its targets) and "loss/<pair>".
+        the rank's share; metrics "loss" and "loss/<pair>", with several dims "loss/<pair>@<dim>".
     """
     rank, _ = world()
-    b = len(batch.row)
-    local = {name: F.normalize(features[name], dim=1) for name in _modalities(config)}
-    everywhere = {name: gather(x_bD) for name, x_bD in local.items()}
-    valid_N = {name: gather(batch.valid[name]) for name in local}
-    position_b = torch.arange(rank * b, (rank + 1) * b, device=batch.row.device)
-    positive_bN, excluded_bN = match(
-        batch.row, batch.text_id, gather(batch.row), gather(batch.text_id), position_b, config.targets
-    )
+    rows = GlobalBatch.of(batch)
+    b = rows.rows_each
+    own = slice(rank * b, (rank + 1) * b)
+    shares = _weights(config) if share_of_directions is None else share_of_directions
+    scale_P, bias_P = equal_gradient(logits.scale), None if logits.bias is None else equal_gradient(logits.bias)
 
-    share = scale_P.new_zeros(())
-    metrics = {"loss": share.detach().clone(), "loss_minus_entropy": share.detach().clone()}
-    weights = sum(pair.weight for pair in config.pairs)
+    # Every pair at every number of dimensions is a pair of its own.
+    dims = config.dims or (next(iter(features.values())).shape[-1],)
+    cases = [(pair, p, d) for p, pair in enumerate(config.pairs) for d in dims]
+    names = list(dict.fromkeys((name, d) for pair, _, d in cases for name in (pair.first, pair.second)))
+    views = [_shown(features[name][:, :d], batch.valid[name], b) for name, d in names]
+    which = tuple((names.index((pair.first, d)), names.index((pair.second, d))) for pair, _, d in cases)
+    matches = tuple(Matches.of(rows, pair.first, pair.second, config) for pair in config.pairs)
+    of_cases = tuple(matches[p] for _, p, _ in cases)
+    pairs = Pairs(which, of_cases, statistic, _ring(views, config), config.normalise, config.bf16)
+    of_pair = torch.tensor([p for _, p, _ in cases], device=scale_P.device)
+    scales, biases = scale_P[of_pair], None if bias_P is None else bias_P[of_pair]
+    statistics = row_statistics(pairs, scales, biases, views)
+
+    losses, weights, floors = [], [], []
+    for c, (pair, p, d) in enumerate(cases):
+        valid, positives = matches[p].valid[own], matches[p].positives()[own].to(statistics.dtype)
+        for direction, other in enumerate((pair.second, pair.first)):
+            x_bD = views[which[c][direction]]
+            hard = None
+            if other in batch.negatives:
+                h_bKD = features[f"{other}_negatives"][..., :d]
+                hard = _hard_negatives(x_bD, h_bKD, batch.negatives[other], scales[c], config.normalise)
+            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives, hard)
+            loss_b, weight_b = anchor_loss(anchors)
+            weight_b = weight_b.detach() * valid
+            losses.append((torch.where(weight_b > 0, loss_b, 0.0) * weight_b).sum())
+            weights.append(weight_b.sum())
+            floors.append((positives.log() * weight_b).sum())
+    total = sum_over_ranks(torch.stack(weights)).clamp(min=torch.finfo(statistics.dtype).tiny)
+    mean = (torch.stack(losses) / total).view(-1, len(dims), 2)
+    share_P = (shares[:, None].to(mean) * mean).sum(dim=2)  # (P, dims)
+    share = share_P.mean(dim=1).sum()
+
+    metrics = {"loss": share.detach()}
+    if floor:
+        lowest = (torch.stack(floors) / total).view(-1, len(dims), 2)
+        metrics["loss_minus_entropy"] = share.detach() - (shares[:, None].to(mean) * lowest).sum(dim=2).mean(1).sum()
+    parts = shares.sum(dim=1).to(mean)
     for p, pair in enumerate(config.pairs):
-        anchor_b = batch.valid[pair.first] & batch.valid[pair.second]
-        candidate_N = valid_N[pair.first] & valid_N[pair.second]
-        anchors = candidate_N.sum().clamp(min=1)
-        targets_bN = positive_bN & candidate_N
-        keep_bN = candidate_N & ~excluded_bN
-        count_b = targets_bN.sum(dim=1).clamp(min=1)
-        loss = sum(
-            _cross_entropy(scale_P[p] * local[x] @ everywhere[y].T, targets_bN, keep_bN, count_b)[anchor_b].sum()
-            for x, y in ((pair.first, pair.second), (pair.second, pair.first))
-        ) / (2 * anchors)
-        entropy = (count_b.to(loss.dtype).log() * anchor_b).sum() / anchors
-        weight = pair.weight / weights
-        share = share + weight * loss
-        metrics[f"loss/{pair.first}-{pair.second}"] = loss.detach()
-        metrics["loss"] += weight * loss.detach()
-        metrics["loss_minus_entropy"] += weight * (loss.detach() - entropy)
+        own_mean = share_P[p].detach() / parts[p]
+        metrics[f"loss/{pair.first}-{pair.second}"] = own_mean.mean()
+        for d, value in zip(config.dims, own_mean, strict=False):
+            metrics[f"loss/{pair.first}-{pair.second}@{d}"] = value
     return Loss(share, metrics)
 
 
-def _cross_entropy(logits_bN: Tensor, targets_bN: Tensor, keep_bN: Tensor, count_b: Tensor) -> Tensor:
-    """(b,) cross-entropy of each row; rows without targets give finite values of no meaning."""
-    lowest = torch.finfo(logits_bN.dtype).min
-    lse_b = torch.logsumexp(logits_bN.masked_fill(~keep_bN, lowest), dim=1)
-    return lse_b - (logits_bN * targets_bN).sum(dim=1) / count_b
+def contrastive(features: dict[str, Tensor], logits: Logits, batch: Batch, config: ObjectiveConfig) -> Loss:
+    """Symmetric InfoNCE: cross-entropy of softmax over the candidates against 1/|P_i| over the positives P_i.
 
+    With s_ij = scale · cos(x_i, y_j) the loss of anchor i is log Σ_j exp(s_ij) - mean over P_i of s_ij
+    (van den Oord et al. 2018; both directions as in Radford et al. 2021). Several positives stand outside of
+    the logarithm, as in supervised contrastive learning (Khosla et al. 2020, L_out): with
+    config.targets = "same_label" it is that loss, across modalities.
 
-def _modalities(config: ObjectiveConfig) -> list[str]:
-    return list(dict.fromkeys(name for pair in config.pairs for name in (pair.first, pair.second)))
-
-
-OBJECTIVES: dict[str, Objective] = {"contrastive": contrastive}
-
-
-def load_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that `objective.name` names.
-
-    Raises:
-        ConfigError: there is none of that name.
+    Algorithm 1 of MUSER is this with config.targets = "instance" and one shared temperature. With
+    config.normalise = False and a constant temperature of 1 it is CLaMP 2's and 3's.
     """
-    return resolve(config.name, OBJECTIVES, "objective.name")
+
+    def loss(anchors: Anchors) -> tuple[Tensor, Tensor]:
+        loss_b = anchors.log_sum() - anchors.mean_positive()
+        return loss_b, torch.ones_like(loss_b)
+
+    return mean_over_anchors(features, logits, batch, config, LogSumExp(), loss, floor=True)
 
 
-def global_metrics(loss: Loss) -> dict[str, float]:
-    """The metrics of the global batch, equal on every rank; one collective."""
-    values = sum_over_ranks(torch.stack(list(loss.metrics.values())))
-    return dict(zip(loss.metrics, values.tolist(), strict=True))
+def _weights(config: ObjectiveConfig) -> Tensor:
+    weights = torch.tensor([pair.weight for pair in config.pairs], dtype=torch.float64)
+    return (weights / (2 * weights.sum()))[:, None].expand(-1, 2)
+
+
+def _shown(x_bD: Tensor, valid_b: Tensor, b: int) -> Tensor:
+    """The features padded to b rows, zeros in place of what nobody may see."""
+    if not bool(valid_b.all()):
+        x_bD = x_bD.masked_fill(~valid_b[:, None], 0.0)
+    return x_bD if len(x_bD) == b else F.pad(x_bD, (0, 0, 0, b - len(x_bD)))
+
+
+def _ring(views: list[Tensor], config: ObjectiveConfig) -> bool:
+    """Whether the gathered features would take more memory than they may."""
+    bytes_each = 2 if config.bf16 else views[0].element_size()
+    return world()[1] * sum(x.numel() for x in views) * bytes_each > config.gather_mib << 20
+
+
+def _hard_negatives(x_bD: Tensor, h_bKD: Tensor, there_bK: Tensor, scale: Tensor, normalise: bool) -> Tensor:
+    """(b, K) logits of the anchors' own hard negatives (CompA, Ghosh et al. 2024); padded rows have none."""
+    x, h = x_bD[: len(h_bKD)], h_bKD
+    if normalise:
+        x, h = F.normalize(x, dim=-1), F.normalize(h, dim=-1)
+    # Minus infinity takes the place of what is not there. A large factor would raise negative similarities.
+    logits = (scale * torch.einsum("bd,bkd->bk", x, h)).masked_fill(~there_bK, LOWEST)
+    return F.pad(logits, (0, 0, 0, len(x_bD) - len(x)), value=LOWEST)

@@ -1,55 +1,180 @@
-"""The oracle: the contrastive loss written as its definition, for one process and few rows.
+"""The oracle: every loss written as its definition, for one process and few rows.
 
-Read this first to know what is computed; contrastive.py computes the same over many workers.
-Nothing here is fast. Tests run it in float64.
+Read this first to know what is computed; contrastive.py and its neighbours compute the same over many
+workers without ever holding the similarities. Nothing here is fast. Tests run it in float64.
+
+All take the whole batch: features by modality (N, D), logits (scale and bias by pair), the flags and
+ids of all N rows, and the config. Their value is the loss, a scalar; zero when no row is valid.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from muser_dist.config import ObjectiveConfig
-from muser_dist.objectives.contrastive import Batch
+from muser_dist.config import ObjectiveConfig, PairConfig
+from muser_dist.objectives.batch import Batch, Logits
 
 
-def reference_loss(features: dict[str, Tensor], scale: Tensor, batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """The loss of the whole batch, anchor by anchor.
+class Similarities:
+    """The logits of one direction of a pair, and what rows are to each other.
 
-    For an anchor i of modality x, its candidates are the rows j of modality y that are valid in
-    both, without other copies of the same clip. Its positives P_i are itself and, with
-    same_text, the candidates that state the same facts. With
-    s_ij = scale · cos(x_i, y_j) its loss is
-
-        l_i = - 1/|P_i| · Σ_{j in P_i} log( exp(s_ij) / Σ_{k candidate} exp(s_ik) ).
-
-    A pair's loss is the mean of l_i over both directions and all valid anchors, the total the
-    weighted mean over pairs.
-
-    Args:
-        features: by modality, (N, D).
-        scale: (pairs,) inverse temperatures.
-        batch: validity and ids of all N rows.
-        config: pairs, weights, targets.
-
-    Returns:
-        scalar; zero when no row is valid.
+    Attributes:
+        anchors: the rows that are valid in both modalities; they are the candidates too.
+        scale: of the pair.
     """
-    total = scale.new_zeros(())
-    for p, pair in enumerate(config.pairs):
-        rows = [i for i in range(len(batch.row)) if batch.valid[pair.first][i] and batch.valid[pair.second][i]]
-        losses = []
-        for x, y in ((pair.first, pair.second), (pair.second, pair.first)):
-            for i in rows:
-                positives = [j for j in rows if _is_positive(i, j, batch, config.targets)]
-                candidates = [j for j in rows if j in positives or batch.row[j] != batch.row[i]]
-                s = {j: scale[p] * torch.cosine_similarity(features[x][i], features[y][j], dim=0) for j in candidates}
-                log_sum = torch.logsumexp(torch.stack(list(s.values())), dim=0)
-                losses.append(torch.stack([log_sum - s[j] for j in positives]).mean())
-        if losses:
-            total = total + pair.weight * torch.stack(losses).mean()
-    return total / sum(pair.weight for pair in config.pairs)
+
+    def __init__(
+        self,
+        features: dict[str, Tensor],
+        logits: Logits,
+        batch: Batch,
+        config: ObjectiveConfig,
+        pair: PairConfig,
+        reverse: bool,
+        dim: int,
+    ) -> None:
+        p = config.pairs.index(pair)
+        x, y = (pair.second, pair.first) if reverse else (pair.first, pair.second)
+        self.config, self.batch = config, batch
+        self.scale = logits.scale[p]
+        self.bias = logits.bias[p] if logits.bias is not None else 0.0
+        self.x, self.y = self._compared(features[x], dim), self._compared(features[y], dim)
+        self.hard = self._compared(features[f"{y}_negatives"], dim) if y in batch.negatives else None
+        self.hard_there = batch.negatives.get(y)
+        self.anchors = [i for i in range(len(batch.row)) if batch.valid[x][i] and batch.valid[y][i]]
+
+    def _compared(self, features: Tensor, dim: int) -> Tensor:
+        leading = features[..., :dim]
+        return leading / leading.norm(dim=-1, keepdim=True) if self.config.normalise else leading
+
+    def s(self, i: int, j: int) -> Tensor:
+        """s_ij = scale · <x_i, y_j> + bias."""
+        return self.scale * torch.dot(self.x[i], self.y[j]) + self.bias
+
+    def positives(self, i: int) -> list[int]:
+        """P_i: i itself, and under same_text or same_label the candidates that share its id."""
+        ids = {"instance": None, "same_text": self.batch.text_id, "same_label": self.batch.label_id}[
+            self.config.targets
+        ]
+        return [j for j in self.anchors if j == i or (ids is not None and ids[i] >= 0 and ids[i] == ids[j])]
+
+    def negatives(self, i: int) -> list[int]:
+        """All other candidates, without copies of the same clip and what the config leaves out."""
+        batch, positives = self.batch, self.positives(i)
+        return [
+            j
+            for j in self.anchors
+            if j not in positives
+            and not (batch.row[i] >= 0 and batch.row[i] == batch.row[j])
+            and not (self.config.exclude_same_text and batch.text_id[i] >= 0 and batch.text_id[i] == batch.text_id[j])
+        ]
+
+    def hard_negatives(self, i: int) -> list[Tensor]:
+        """Logits of the row's own hard negatives, which no other row sees."""
+        if self.hard is None:
+            return []
+        assert self.hard_there is not None
+        return [
+            self.scale * torch.dot(self.x[i], self.hard[i, k])
+            for k in range(self.hard.shape[1])
+            if self.hard_there[i, k]
+        ]
+
+    def mean_positive(self, i: int) -> Tensor:
+        """The mean logit over P_i."""
+        return torch.stack([self.s(i, j) for j in self.positives(i)]).mean()
 
 
-def _is_positive(i: int, j: int, batch: Batch, targets: str) -> bool:
-    if i == j:
-        return True
-    return targets == "same_text" and bool(batch.text_id[i] == batch.text_id[j]) and bool(batch.text_id[i] >= 0)
+AnchorLoss = Callable[[Similarities, int], Tensor | None]
+"""The loss of anchor i; None where it has none."""
+
+
+def info_nce(sim: Similarities, i: int) -> Tensor:
+    """l_i = log( Σ_{j candidate} exp(s_ij) ) - mean_{j in P_i} s_ij."""
+    candidates = [sim.s(i, j) for j in sim.positives(i) + sim.negatives(i)] + sim.hard_negatives(i)
+    return torch.logsumexp(torch.stack(candidates), dim=0) - sim.mean_positive(i)
+
+
+def decoupled(sim: Similarities, i: int) -> Tensor | None:
+    """l_i = log( Σ_{j not in P_i} exp(s_ij) ) - mean_{j in P_i} s_ij."""
+    negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.hard_negatives(i)
+    return torch.logsumexp(torch.stack(negatives), dim=0) - sim.mean_positive(i) if negatives else None
+
+
+def debiased(tau_plus: float, beta: float) -> AnchorLoss:
+    """l_i = -log( exp(s_ii) / (exp(s_ii) + g_i) ), with g_i as in debiased.py."""
+
+    def loss(sim: Similarities, i: int) -> Tensor | None:
+        negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.hard_negatives(i)
+        if not negatives:
+            return None
+        s, own, m = torch.stack(negatives), sim.s(i, i), len(negatives)
+        w = m * torch.softmax(beta * s, dim=0)
+        g = ((w * s.exp()).sum() - tau_plus * m * own.exp()) / (1 - tau_plus)
+        return torch.log(own.exp() + torch.maximum(g, m * torch.exp(-sim.scale))) - own
+
+    return loss
+
+
+def softplus_sum(sim: Similarities, i: int) -> Tensor:
+    """l_i = Σ_j log(1 + exp(-z_ij s_ij)), z = 1 for positives and -1 for negatives."""
+    turned = [-sim.s(i, j) for j in sim.positives(i)] + [sim.s(i, j) for j in sim.negatives(i)]
+    return torch.nn.functional.softplus(torch.stack(turned), threshold=40.0).sum()
+
+
+def resemblance(kappa: float) -> Callable[[Similarities, int], Tensor]:
+    """w_i = exp( mean_j <x_i, x_j> / kappa ), without gradient."""
+
+    def weight(sim: Similarities, i: int) -> Tensor:
+        x = sim.x.detach()
+        return torch.exp(torch.stack([torch.dot(x[i], x[j]) for j in sim.anchors]).mean() / kappa)
+
+    return weight
+
+
+def reference_loss(
+    features: dict[str, Tensor],
+    logits: Logits,
+    batch: Batch,
+    config: ObjectiveConfig,
+    tau_plus: float = 0.0,
+    beta: float = 0.0,
+    kappa: float = 1.0,
+) -> Tensor:
+    """The loss that config.name stands for; the keywords are its options.
+
+    Of each pair and direction the mean of l_i over its anchors (weighted for "similarity_weighted"); of those the
+    sum with the factors below; and with config.dims the mean of all that over leading dimensions.
+    """
+    anchor_loss: AnchorLoss = {
+        "contrastive": info_nce,
+        "similarity_weighted": info_nce,
+        "muser_code": info_nce,
+        "decoupled": decoupled,
+        "muser_poster": decoupled,
+        "debiased": debiased(tau_plus, beta),
+        "sigmoid": softplus_sum,
+    }[config.name]
+    weigh = resemblance(kappa) if config.name == "similarity_weighted" else None
+    total = logits.scale.new_zeros(())
+    dims = config.dims or (next(iter(features.values())).shape[-1],)
+    for dim in dims:
+        for pair in config.pairs:
+            for reverse in (False, True):
+                sim = Similarities(features, logits, batch, config, pair, reverse, dim)
+                losses = {i: loss for i in sim.anchors if (loss := anchor_loss(sim, i)) is not None}
+                if losses:
+                    weights = torch.stack([weigh(sim, i) if weigh else torch.ones_like(total) for i in losses])
+                    mean = (weights * torch.stack(list(losses.values()))).sum() / weights.sum()
+                    total = total + _factor(config, pair, reverse) * mean / len(dims)
+    return total
+
+
+def _factor(config: ObjectiveConfig, pair: PairConfig, reverse: bool) -> float:
+    if config.name == "muser_poster":
+        return 0.0 if reverse else pair.weight
+    if config.name == "muser_code":
+        return 1.0 / math.factorial(len(config.pairs))
+    return pair.weight / sum(p.weight for p in config.pairs) / 2  # both directions of "sigmoid" are the same

@@ -1,35 +1,131 @@
 """Which rows of the global batch count as a match for an anchor, and which take no part."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from muser_dist.config import ObjectiveConfig
+from muser_dist.objectives.batch import Batch
+from muser_dist.objectives.collectives import gather
 
-def match(
-    row: Tensor,
-    text_id: Tensor,
-    all_rows: Tensor,
-    all_text_ids: Tensor,
-    position: Tensor,
-    targets: Literal["instance", "same_text"],
-) -> tuple[Tensor, Tensor]:
-    """Positives and excluded candidates of each anchor.
 
-    Two entries of the batch with the same row number are one clip that the batch holds twice (a
-    global batch may span the end of an epoch); they are never negatives of each other.
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Ids and flags of all N rows of the global batch; ranks with fewer rows are padded to the most that any has.
 
-    Args:
-        row, text_id: (b,) int64, of the anchors. A text_id below zero means no text.
-        all_rows, all_text_ids: (N,) int64, of the global batch.
-        position: (b,) int64, where the anchors stand in the global batch.
-        targets: "instance": the anchor itself; "same_text": every entry whose text states the
-            same facts.
-
-    Returns:
-        positive and excluded, both (b, N) bool; validity is not looked at.
+    Attributes:
+        valid: by modality, (N,) bool.
+        row, text_id, label_id: (N,) int64, as in `Batch`.
+        rows_each: b, rows of each rank after the padding.
     """
-    positive = position[:, None] == torch.arange(len(all_rows), device=position.device)
-    if targets == "same_text":
-        positive = positive | ((text_id[:, None] == all_text_ids) & (text_id[:, None] >= 0))
-    return positive, (row[:, None] == all_rows) & ~positive
+
+    valid: dict[str, Tensor]
+    row: Tensor
+    text_id: Tensor
+    label_id: Tensor
+    rows_each: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "GlobalBatch":
+        """Gathers the batches of all ranks; two collectives on integers."""
+        counts = gather(torch.tensor([len(batch.row)], device=batch.row.device))
+        most = int(counts.max())
+        flags = [flag.long() for flag in batch.valid.values()]
+        columns = torch.stack([*flags, batch.row + 1, batch.text_id + 1, batch.label_id + 1])  # padding becomes 0
+        padded = F.pad(columns, (0, most - columns.shape[1]))
+        *valid, row, text_id, label_id = gather(padded.T).unbind(1)
+        return cls(
+            {name: flag.bool() for name, flag in zip(batch.valid, valid, strict=True)},
+            row - 1,
+            text_id - 1,
+            label_id - 1,
+            most,
+        )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Of one tile of similarities, n anchors by m candidates.
+
+    Attributes:
+        valid_rows, valid_columns: (n,) and (m,), 1 or 0 in the dtype of the similarities.
+        all_valid: whether they are all 1.
+        positive: (n, m) bool; None where there is none.
+        barred: (n, m) bool, what takes no part; None where there is none.
+    """
+
+    valid_rows: Tensor
+    valid_columns: Tensor
+    all_valid: bool
+    positive: Tensor | None
+    barred: Tensor | None
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Who is what for whom among the N rows of the global batch, for one pair of modalities.
+
+    Rows j are candidates of an anchor i where both modalities of j are valid. Positives of i are
+    those with its label, always itself among them. Candidates that share one of the barred ids with i
+    and are no positives take no part for it.
+
+    Attributes:
+        valid: (N,) bool, rows that have both modalities.
+        label: (N,) int32.
+        repeated: whether two rows have one label: else only i itself is a positive of i.
+        barred: (N,) int32 each; none where ids do not repeat.
+    """
+
+    valid: Tensor
+    label: Tensor
+    repeated: bool
+    barred: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, rows: GlobalBatch, first: str, second: str, config: ObjectiveConfig) -> "Matches":
+        """The matches of a pair under the config's targets."""
+        label, repeated = _ids(_target_ids(rows, config.targets))
+        barred = [_ids(rows.row)]  # two copies of a clip, as at the end of a pass over the data
+        if config.exclude_same_text:
+            barred.append(_ids(rows.text_id))
+        valid = rows.valid[first] & rows.valid[second]
+        return cls(valid, label, repeated, tuple(ids for ids, repeat in barred if repeat))
+
+    def positives(self) -> Tensor:
+        """(N,) int64: how many positives each row has, itself included; at least 1."""
+        counts = torch.bincount(self.label[self.valid], minlength=len(self.label))
+        return counts[self.label].clamp(min=1)
+
+    def masks(self, rows: slice, columns: slice, dtype: torch.dtype) -> Masks:
+        """The masks of the tile that these rows and columns of the global batch make."""
+        valid_rows, valid_columns = self.valid[rows], self.valid[columns]
+        positive, barred = None, None
+        if self.repeated or max(rows.start, columns.start) < min(rows.stop, columns.stop):
+            positive = self.label[rows, None] == self.label[columns]
+        for ids in self.barred:
+            same = ids[rows, None] == ids[columns]
+            barred = same if barred is None else barred | same
+        if barred is not None:
+            barred = barred & ~(self.label[rows, None] == self.label[columns])
+        all_valid = bool(valid_rows.all()) and bool(valid_columns.all())
+        return Masks(valid_rows.to(dtype), valid_columns.to(dtype), all_valid, positive, barred)
+
+
+def _target_ids(rows: GlobalBatch, targets: Literal["instance", "same_text", "same_label"]) -> Tensor:
+    """(N,) int64 ids that positives share; below zero for rows that share theirs with nobody."""
+    if targets == "instance":
+        return torch.full_like(rows.row, -1)
+    return rows.text_id if targets == "same_text" else rows.label_id
+
+
+def _ids(ids: Tensor) -> tuple[Tensor, bool]:
+    """Small numbers that are equal where ids are equal and not below zero; and whether any two are."""
+    alone = torch.arange(len(ids), device=ids.device)
+    if not bool((ids >= 0).any()):
+        return alone.int(), False
+    # Ids of rows that stand alone are made different from each other, and from all others.
+    known, small = torch.unique(torch.where(ids >= 0, ids, -1 - alone), return_inverse=True)
+    return small.int(), len(known) < len(ids)

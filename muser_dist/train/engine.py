@@ -6,6 +6,7 @@ nowhere else.
 """
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,13 @@ class Engine(Protocol):
         """MultimodalModel.forward."""
         ...
 
-    def backward(self, share: Tensor) -> None:
-        """Adds the gradients of this rank's share of the loss; call once a step."""
+    def backward(self, share: Tensor, last: bool = True) -> None:
+        """Adds the gradients of this rank's share of the loss, or of a part of it.
+
+        Args:
+            share: every rank gives as many parts in a step.
+            last: whether it is the step's last part.
+        """
         ...
 
     def step(self, lr_factor: float) -> None:
@@ -58,7 +64,7 @@ class PlainEngine:
     def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
         return self.model(batch, moment)
 
-    def backward(self, share: Tensor) -> None:
+    def backward(self, share: Tensor, last: bool = True) -> None:
         share.backward()
 
     def step(self, lr_factor: float) -> None:
@@ -90,6 +96,7 @@ class DeepSpeedEngine:
         self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._grad_norm = 0.0
+        self._one_reduction: ExitStack | None = None
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
@@ -111,8 +118,20 @@ class DeepSpeedEngine:
     def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
         return self.deepspeed(batch, moment)
 
-    def backward(self, share: Tensor) -> None:
+    def backward(self, share: Tensor, last: bool = True) -> None:
+        # Several backward passes in a step are several steps' to DeepSpeed unless it is told, and at stages 1 and 2
+        # the gradient is then silently wrong. There it can put off reduction to the last pass; stage 0 does so by
+        # itself; stage 3 would have to hold a whole gradient for that, and reduces each pass.
+        if self.deepspeed.zero_optimization_stage() in (1, 2):
+            if not last and self._one_reduction is None:
+                self._one_reduction = ExitStack()
+                self._one_reduction.enter_context(self.deepspeed.coalesce_grad_reduction())
+        else:
+            self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(share * world()[1])
+        if last and self._one_reduction is not None:
+            self._one_reduction.close()
+            self._one_reduction = None
 
     def step(self, lr_factor: float) -> None:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):

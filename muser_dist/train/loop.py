@@ -14,7 +14,8 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.errors import CheckpointError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
-from muser_dist.objectives.contrastive import global_metrics, load_objective
+from muser_dist.objectives.batch import global_metrics
+from muser_dist.objectives.registry import load_objective
 from muser_dist.train import checkpoint
 from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.metrics import Accounting, RunLog, Stopwatch
@@ -83,7 +84,7 @@ def train(config: RunConfig) -> None:
             mine = [next(chunks) for _ in range(train.chunks_per_worker)]
         on_device = [to_device(chunk, modalities, device) for chunk in mine]
         factor = lr_factor((step + 1) * train.global_batch, train)
-        loss, scale = train_step(engine, objective, config.objective, on_device, factor)
+        loss, logits = train_step(engine, objective, config, on_device, factor)
         for chunk in mine:
             accounting.add(chunk)
 
@@ -106,8 +107,10 @@ def train(config: RunConfig) -> None:
             seen = Counter(dict(seen.most_common(_KEPT_REASONS)))  # some name a file: there is no end of those
             check_share(accounting.totals, seen, config.data.max_bad_share)
             metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
-            for pair, inverse in zip(config.objective.pairs, scale.tolist(), strict=True):
-                metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / inverse
+            for p, pair in enumerate(config.objective.pairs):
+                metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / logits.scale[p].item()
+                if logits.bias is not None:
+                    metrics[f"bias/{pair.first}-{pair.second}"] = logits.bias[p].item()
             metrics |= {"lr": train.lr * factor, **accounting.totals}
             metrics |= stopwatch.lap((done - logged_step) * train.global_batch)
             metrics["decode_ms_per_row"] = accounting.decode_ms_per_row()

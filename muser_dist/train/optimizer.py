@@ -19,7 +19,7 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
     for name, tower in config.model.towers().items():
         lr = tower.lr if tower.lr is not None else config.train.lr
         parts.append((nn.ModuleList([model.towers[name], model.heads[name]]), lr))
-    parts.append((model.temperature, config.train.lr))
+    parts.append((model.logits, config.train.lr))
 
     groups = []
     for part, lr in parts:

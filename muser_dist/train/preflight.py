@@ -21,7 +21,7 @@ from muser_dist.data.text import check_templates, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
-from muser_dist.objectives.contrastive import load_objective
+from muser_dist.objectives.registry import load_objective
 from muser_dist.train.checkpoint import committed_step
 from muser_dist.train.loop import MODEL
 

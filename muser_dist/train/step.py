@@ -1,66 +1,98 @@
-"""One optimizer step: encode this rank's chunks, one loss over the global batch, one update."""
+"""One optimizer step: encode this rank's chunks, one loss over the global batch, one update.
 
+With several chunks the activations of one are kept at a time (GradCache, Gao et al. 2021): all are
+encoded without graph, the loss gives the gradient with respect to their embeddings, and each is
+encoded once more, with the same random numbers, to take that gradient back to the parameters.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from muser_dist.config import Modality, ObjectiveConfig
+from muser_dist.config import Modality, RunConfig
 from muser_dist.data.chunks import Chunk
-from muser_dist.objectives.contrastive import Batch, Loss, Objective
+from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.train.engine import Engine
 
 TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
 """Arrays of a chunk that towers may read."""
 
+_OF_LOGITS = ("scale", "bias")
+
 
 @dataclass(frozen=True)
 class DeviceChunk:
-    """A chunk on the worker's device: what towers read, and what the objective reads."""
+    """A chunk on the worker's device: what towers read, and what the objective reads.
+
+    Attributes:
+        moment: (step, chunk).
+        tensors: makes what towers read; called for each pass, so that the device holds one chunk at a time.
+        batch: flags and ids.
+    """
 
     moment: tuple[int, int]
-    tensors: dict[str, Tensor]
+    tensors: Callable[[], dict[str, Tensor]]
     batch: Batch
 
 
 def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.device) -> DeviceChunk:
-    """Moves the arrays of a chunk that training needs; they may be read-only memory of the object store."""
+    """The arrays of a chunk that training needs; they may be read-only memory of the object store."""
 
     def move(name: str) -> Tensor:
         return torch.from_numpy(np.array(chunk[name])).to(device)
 
     return DeviceChunk(
         (int(chunk["step"]), int(chunk["chunk"])),
-        {name: move(name) for name in TENSORS if name in chunk},
-        Batch({name: move(f"valid_{name}") for name in modalities}, move("row"), move("text_id")),
+        lambda: {name: move(name) for name in TENSORS if name in chunk},
+        Batch({name: move(f"valid_{name}") for name in modalities}, move("row"), move("text_id"), move("label_id")),
     )
 
 
 def train_step(
-    engine: Engine, objective: Objective, config: ObjectiveConfig, chunks: list[DeviceChunk], lr_factor: float
-) -> tuple[Loss, Tensor]:
+    engine: Engine, objective: Objective, config: RunConfig, chunks: list[DeviceChunk], lr_factor: float
+) -> tuple[Loss, Logits]:
     """Trains on this rank's chunks of a global batch.
 
     Each chunk is a forward pass with random numbers of its own, so that the result does not
     depend on which rank runs it.
 
     Returns:
-        this rank's share of the loss, and the inverse temperatures (pairs,) that it was made with.
+        this rank's share of the loss, and the scales and biases (pairs,) that it was made with.
     """
-    encoded = [engine.encode(chunk.tensors, chunk.moment) for chunk in chunks]
-    scale = encoded[-1].pop("scale")
-    features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1]}
-    loss = objective(features, scale, join([chunk.batch for chunk in chunks]), config)
-    engine.backward(loss.share)
+    batch = Batch.join([chunk.batch for chunk in chunks])
+    cached = config.train.cache_gradients and len(chunks) > 1
+    with torch.set_grad_enabled(not cached):
+        encoded = [engine.encode(chunk.tensors(), chunk.moment) for chunk in chunks]
+    logits = {name: encoded[-1][name] for name in _OF_LOGITS if name in encoded[-1]}
+    features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1] if name not in logits}
+    if cached:
+        for leaf in (*features.values(), *logits.values()):
+            leaf.requires_grad_()
+    loss = objective(features, Logits(**logits), batch, config.objective)
+    if not cached:
+        engine.backward(loss.share)
+    else:
+        loss.share.backward()
+        _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
     engine.step(lr_factor)
-    return loss, scale.detach()
+    return loss, Logits(**{name: value.detach() for name, value in logits.items()})
 
 
-def join(batches: list[Batch]) -> Batch:
-    """The rows of several chunks as one batch."""
-    return Batch(
-        {name: torch.cat([batch.valid[name] for batch in batches]) for name in batches[0].valid},
-        torch.cat([batch.row for batch in batches]),
-        torch.cat([batch.text_id for batch in batches]),
-    )
+def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tensor | None]) -> None:
+    """Encodes each chunk again, and takes the gradients of its outputs back to the parameters."""
+    start = 0
+    for number, chunk in enumerate(chunks):
+        outputs = engine.encode(chunk.tensors(), chunk.moment)
+        rows = slice(start, start := start + len(chunk.batch.row))
+        part = torch.zeros((), device=engine.device)
+        for name, gradient in gradients.items():
+            if gradient is None:  # a modality that no pair names
+                part = part + 0.0 * outputs[name].sum()
+            elif name in _OF_LOGITS:  # all chunks have the same
+                part = part + (outputs[name] * gradient).sum() / len(chunks)
+            else:
+                part = part + (outputs[name] * gradient[rows]).sum()
+        engine.backward(part, last=number == len(chunks) - 1)

@@ -14,7 +14,7 @@ ARMED = "MUSER_TEST_ARMED"
 _calls = 0
 
 
-def dies_once(features, scale, batch, config):
+def dies_once(features, logits, batch, config):
     """The contrastive objective; when armed, rank 1 disarms it and dies in its 11th step."""
     global _calls
     _calls += 1
@@ -22,4 +22,4 @@ def dies_once(features, scale, batch, config):
     if _calls == 11 and dist.get_rank() == 1 and trigger.exists():
         trigger.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return contrastive(features, scale, batch, config)
+    return contrastive(features, logits, batch, config)

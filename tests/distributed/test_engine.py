@@ -10,22 +10,22 @@ from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.train.engine import DeepSpeedEngine, PlainEngine
 from muser_dist.train.step import train_step
-from tests.distributed.test_gradients import config_for, global_chunks, on_device
+from tests.distributed.cells import config_for, global_chunks, on_device
 from tests.distributed.workers import run_workers
 
 CPU = torch.device("cpu")
 
 
 def steps(engine, config, rank, world, factors):
-    mine = on_device(global_chunks("clean", config)[rank::world], config)
+    mine = on_device(global_chunks(config, messy=False)[rank::world], config)
     for factor in factors:
-        train_step(engine, contrastive, config.objective, mine, factor)
+        train_step(engine, contrastive, config, mine, factor)
 
 
 def worker(rank: int, folder: str) -> None:
     world = dist.get_world_size()
     for stage in range(4):
-        config = config_for("clean", world, stage)
+        config = config_for("InfoNCE, same text", world, 4, stage)
         engine = DeepSpeedEngine(MultimodalModel(config), config, CPU)
         initial = engine.state_dict()
         steps(engine, config, rank, world, [1.0, 0.5])
@@ -54,7 +54,7 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain():
     """The same three steps on one process and plain torch."""
-    config = config_for("clean", workers=1)
+    config = config_for("InfoNCE, same text", 1, 4)
     engine = PlainEngine(MultimodalModel(config), config, CPU)
     steps(engine, config, 0, 1, [1.0, 0.5, 0.25])
     return engine
@@ -63,7 +63,7 @@ def plain():
 @pytest.mark.parametrize("stage", range(4))
 def test_whole_weights_come_out_of_every_stage(results, stage):
     initial = results[stage][0]
-    want = MultimodalModel(config_for("clean", workers=1)).state_dict()
+    want = MultimodalModel(config_for("InfoNCE, same text", 1, 4)).state_dict()
     assert initial.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(initial[name], value, rtol=0, atol=0)
@@ -79,7 +79,7 @@ def test_going_on_from_a_checkpoint_is_bitwise_the_same(results, stage):
 @pytest.mark.parametrize("stage", range(4))
 def test_two_workers_train_as_one_process_does(results, plain, stage):
     _, straight, _, norm = results[stage]
-    start = MultimodalModel(config_for("clean", workers=1)).state_dict()
+    start = MultimodalModel(config_for("InfoNCE, same text", 1, 4)).state_dict()
     for name, value in plain.state_dict().items():
         moved = (value - start[name]).norm()
         # Adam divides by the gradient's own size, so what is rounding in a gradient that should

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from muser_dist.config import TemperatureConfig, TowerConfig
+from muser_dist.config import ObjectiveConfig, PairConfig, TemperatureConfig, TowerConfig
 from muser_dist.data.spectrogram import LogMel
 from muser_dist.errors import ConfigError
-from muser_dist.models.heads import Temperature, masked_mean
+from muser_dist.models.heads import LogitScale, masked_mean
 from muser_dist.models.model import MultimodalModel
 from tests.small import small_config
 
@@ -108,24 +108,30 @@ def test_bf16_is_used_in_training_and_features_stay_float32():
     torch.testing.assert_close(rough["text"], exact["text"], rtol=0.1, atol=0.05)
 
 
-def test_temperature():
-    per_pair = Temperature(TemperatureConfig(init=0.1), pairs=3)
-    torch.testing.assert_close(per_pair(), torch.full((3,), 10.0))
+def logit_scale(pairs: int = 1, bias: float | None = None, **temperature) -> LogitScale:
+    pair = PairConfig("audio", "text")
+    return LogitScale(ObjectiveConfig(pairs=(pair,) * pairs, bias=bias, temperature=TemperatureConfig(**temperature)))
+
+
+def test_temperatures_and_biases():
+    per_pair = logit_scale(3, init=0.1)
+    torch.testing.assert_close(per_pair(), {"scale": torch.full((3,), 10.0)})
     assert [tuple(p.shape) for p in per_pair.parameters()] == [(1,)] * 3
-    shared = Temperature(TemperatureConfig(init=0.1, shared=True), pairs=3)
-    assert shared().shape == (3,)
+    shared = logit_scale(3, init=0.1, shared=True)
+    assert shared()["scale"].shape == (3,)
     assert len(list(shared.parameters())) == 1
-    constant = Temperature(TemperatureConfig(learnable=False), pairs=1)
-    assert not any(p.requires_grad for p in constant.parameters())
+    assert not any(p.requires_grad for p in logit_scale(learnable=False).parameters())
+    torch.testing.assert_close(logit_scale(2, bias=-10.0)()["bias"], torch.full((2,), -10.0))
 
 
 def test_a_temperature_beyond_its_bound_can_come_back():
-    temperature = Temperature(TemperatureConfig(init=0.01, minimum=0.01), pairs=1)
+    logits = logit_scale(init=0.01, minimum=0.01)
     with torch.no_grad():
-        temperature.log_scale[0] += 1.0  # colder than allowed
-    assert temperature().item() == pytest.approx(100.0)
-    (outward,) = torch.autograd.grad(-temperature().sum(), temperature.parameters())  # a step would raise the scale
-    (inward,) = torch.autograd.grad(temperature().sum(), temperature.parameters())
+        logits.log_scale[0] += 1.0  # colder than allowed
+    assert logits()["scale"].item() == pytest.approx(100.0)
+    # A step against the first gradient would raise the scale.
+    (outward,) = torch.autograd.grad(-logits()["scale"].sum(), logits.parameters())
+    (inward,) = torch.autograd.grad(logits()["scale"].sum(), logits.parameters())
     assert outward.item() == 0.0
     assert inward.item() == pytest.approx(100.0)
 

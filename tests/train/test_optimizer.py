@@ -35,7 +35,7 @@ def test_groups_cover_each_parameter_once_with_its_rate_and_decay():
         lr, decay = by_id[id(parameter)]
         assert lr == (1e-5 if ".text." in name else config.train.lr), name
         assert decay == (0.0 if parameter.ndim < 2 else config.train.weight_decay), name
-    assert by_id[id(names["temperature.log_scale.0"])][1] == 0.0
+    assert by_id[id(names["logits.log_scale.0"])][1] == 0.0
 
 
 def test_a_constant_temperature_is_in_no_group():
@@ -43,7 +43,7 @@ def test_a_constant_temperature_is_in_no_group():
     config = replace(config, objective=replace(config.objective, temperature=TemperatureConfig(learnable=False)))
     model = MultimodalModel(config)
     trained = {id(p) for group in parameter_groups(model, config) for p in group["params"]}
-    assert not any(id(p) in trained for p in model.temperature.parameters())
+    assert not any(id(p) in trained for p in model.logits.parameters())
 
 
 def test_a_tower_without_vectors_makes_no_empty_group():

@@ -10,7 +10,8 @@ from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.corpora.writer import write_tracks
 from muser_dist.models.model import MultimodalModel
-from muser_dist.objectives.contrastive import contrastive, global_metrics
+from muser_dist.objectives.batch import global_metrics
+from muser_dist.objectives.contrastive import contrastive
 from muser_dist.train.engine import PlainEngine
 from muser_dist.train.step import to_device, train_step
 from tests.data.corpora.layouts import LAYOUTS
@@ -45,5 +46,5 @@ def test_the_shards_train(cluster, tmp_path: Path, name: str):
             to_device(chunk, tuple(config.model.towers()), device)
             for chunk in chunks[step * per_step : (step + 1) * per_step]
         ]
-        loss, _ = train_step(engine, contrastive, config.objective, mine, 1.0)
+        loss, _ = train_step(engine, contrastive, config, mine, 1.0)
         assert math.isfinite(global_metrics(loss)["loss"]) and math.isfinite(engine.grad_norm())

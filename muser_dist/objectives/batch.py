@@ -1,0 +1,78 @@
+"""What passes between the training step and an objective."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from muser_dist.config import ObjectiveConfig
+from muser_dist.objectives.collectives import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective knows of this rank's rows besides their features.
+
+    Attributes:
+        valid: by modality, (b,) bool: False rows are neither anchors nor candidates.
+        row: (b,) int64, number of the row in the data; padding is -1.
+        text_id: (b,) int64, equal where the texts state the same facts; below zero without text.
+        label_id: (b,) int64, equal where the label is the same; below zero without a label.
+        negatives: by modality, (b, K) bool: which of the row's own K hard negatives there are. Their
+            features stand under "<modality>_negatives", (b, K, D).
+    """
+
+    valid: dict[str, Tensor]
+    row: Tensor
+    text_id: Tensor
+    label_id: Tensor
+    negatives: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, batches: list["Batch"]) -> "Batch":
+        """The rows of several chunks as one batch."""
+        one = batches[0]
+        return cls(
+            {name: torch.cat([batch.valid[name] for batch in batches]) for name in one.valid},
+            torch.cat([batch.row for batch in batches]),
+            torch.cat([batch.text_id for batch in batches]),
+            torch.cat([batch.label_id for batch in batches]),
+            {name: torch.cat([batch.negatives[name] for batch in batches]) for name in one.negatives},
+        )
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How similarities become logits: s_ij = scale · <x_i, y_j> + bias.
+
+    Attributes:
+        scale: (P,) inverse temperatures, in the order of config.pairs.
+        bias: (P,) where the objective has one.
+    """
+
+    scale: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """This rank's share: over all ranks, shares and metrics sum to those of the global batch.
+
+    Attributes:
+        share: scalar with gradient.
+        metrics: by name, detached scalars.
+    """
+
+    share: Tensor
+    metrics: dict[str, Tensor]
+
+
+Objective = Callable[[dict[str, Tensor], Logits, Batch, ObjectiveConfig], Loss]
+"""Takes this rank's features by modality, (b, D) float, not normalised; every rank calls it."""
+
+
+def global_metrics(loss: Loss) -> dict[str, float]:
+    """The metrics of the global batch, equal on every rank; one collective."""
+    values = sum_over_ranks(torch.stack(list(loss.metrics.values())))
+    return dict(zip(loss.metrics, values.tolist(), strict=True))
