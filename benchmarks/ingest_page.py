@@ -54,7 +54,7 @@ Clips of 30 s, 44.1 kHz, stereo, composed and played by the demo corpus with a h
 The shards lie in the page cache, so no disk is measured. Of each clip 5 s at a random place are
 delivered as 16 kHz mono. Our decoder seeks to the crop and resamples it alone.
 
-{results["cores"]} processes decode for each contestant, with Ray in one slot more than cores; the consumer does nothing
+{results["cores"]} processes decode for each contestant; the consumer does nothing
 with what it gets. Every contestant is a process of its own, libraries have one thread each, and they
 take turns, round by round. Figures begin a quarter of the time after the first batch. Other
 programs used {statistics.mean(others):.2f} cores meanwhile on average, {max(others):.2f} at most."""

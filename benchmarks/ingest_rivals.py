@@ -150,8 +150,7 @@ def start_ray(setting: Setting) -> None:
 
     store = setting.store_mb * 1_000_000 or None
     quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
-    # A slot more than cores: a slot that waits, for the scheduler or its child, leaves no core idle.
-    ray.init("local", num_cpus=setting.cores + 1, include_dashboard=False, object_store_memory=store, **quiet)
+    ray.init("local", num_cpus=setting.cores, include_dashboard=False, object_store_memory=store, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -94,8 +94,8 @@ def test_folders_that_hold_no_model_say_so(folder, tmp_path):
     content = json.loads((folder / "config.json").read_text())
     for change, message in (
         ("{", "cannot be loaded"),
-        ("[]", "not an exported model of format 2"),
-        (json.dumps({**content, "format": 9}), "not an exported model of format 2"),
+        ("[]", "not an exported model of format 3"),
+        (json.dumps({**content, "format": 9}), "not an exported model of format 3"),
         (json.dumps({**content, "config": {"model": 3}}), r"config\.json: model"),
         (json.dumps(content), "cannot be loaded"),  # the weights are cut short
     ):

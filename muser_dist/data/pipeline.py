@@ -126,23 +126,30 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     at_once = max(1, min(ROWS_PER_TASK // reader.chunk, fitting))
     tasks = -(-(last - first) // at_once)
 
-    def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        keep_freed_memory()  # chunks come and go
-        for task in batch["id"].tolist():
-            start = first + task * at_once
-            for chunk in reader.read(range(start, min(last, start + at_once))):
-                del chunk["fields"], chunk["text"]  # for evaluation only
-                yield pa.table(
-                    {
-                        name: pa.array([value])
-                        if isinstance(value, list)
-                        else ArrowTensorArray.from_numpy(value[None])
-                        if value.ndim
-                        else pa.array([value.item()])
-                        for name, value in chunk.items()
-                    }
-                )
+    class Read:
+        """A decoding slot. It is an actor: the next task waits in it already when one ends."""
+
+        def __init__(self) -> None:
+            keep_freed_memory()  # chunks come and go
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+            for task in batch["id"].tolist():
+                start = first + task * at_once
+                for chunk in reader.read(range(start, min(last, start + at_once))):
+                    del chunk["fields"], chunk["text"]  # for evaluation only
+                    yield pa.table(
+                        {
+                            name: pa.array([value])
+                            if isinstance(value, list)
+                            else ArrowTensorArray.from_numpy(value[None])
+                            if value.ndim
+                            else pa.array([value.item()])
+                            for name, value in chunk.items()
+                        }
+                    )
 
     set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
-    return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1)
+    # As many as find a CPU; more when nodes join.
+    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=slots, max_tasks_in_flight_per_actor=2)
+    return TaskNumbers(tasks, slots).dataset().map_batches(Read, batch_size=None, num_cpus=1, compute=pool)

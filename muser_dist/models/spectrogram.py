@@ -1,6 +1,6 @@
 """The spectrogram tower: an image network of timm on the spectrogram."""
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from muser_dist.data.config import DataConfig
 from muser_dist.data.spectrogram import front_end
-from muser_dist.errors import ConfigError
+from muser_dist.errors import ConfigError, require
+from muser_dist.models.batch_norm import replace_batch_norm, set_valid_rows
 from muser_dist.models.heads import masked_mean
 
 
@@ -18,7 +19,9 @@ class SpectrogramTower(nn.Module):
     Args:
         data: gives the sample rate and the length of crops.
         model: timm's name of the network; it must be convolutional with (rows, channels,
-            frequency, time) features, and its norms must not look at other rows.
+            frequency, time) features.
+        batch_norm: what becomes of batch normalisation, where the network has it: "chunk" normalises over the valid
+            rows of a chunk and updates the running statistics once a step; "frozen" keeps to the running ones.
         kind, mels, window, hop: of the spectrogram; see muser_dist/data/spectrogram.py.
         timm_options: passed to timm.create_model; for ConvNeXt `depths` and `dims`.
 
@@ -31,6 +34,7 @@ class SpectrogramTower(nn.Module):
         data: DataConfig,
         *,
         model: str = "convnext_atto",
+        batch_norm: Literal["chunk", "frozen"] = "chunk",
         kind: str = "log_mel",
         mels: int | None = None,
         window: int | None = None,
@@ -48,11 +52,8 @@ class SpectrogramTower(nn.Module):
             )
         except (RuntimeError, TypeError) as error:
             raise ConfigError(f"model.spectrogram.options: timm cannot build {model!r}: {error}") from None
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.encoder.modules()):
-            raise ConfigError(
-                f"model.spectrogram.options.model: {model!r} has BatchNorm, which mixes masked rows into the others; "
-                "take a network with LayerNorm or GroupNorm, such as convnext_atto"
-            )
+        require(batch_norm in ("chunk", "frozen"), f"model.spectrogram.options.batch_norm: no {batch_norm!r}")
+        replace_batch_norm(self.encoder, batch_norm)
         self.width: int = self.encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
         self.norm = nn.LayerNorm(self.width)
 
@@ -67,6 +68,7 @@ class SpectrogramTower(nn.Module):
             (rows, width).
         """
         image = batch["spectrogram"].float() if "spectrogram" in batch else self.front_end(batch["audio"])
+        set_valid_rows(self.encoder, batch["audio_length"] > 0)
         (features,) = self.encoder(image)  # (rows, width, frequency, time)
         columns = features.mean(dim=2).transpose(1, 2)
         samples_per_column = self.samples / columns.shape[1]

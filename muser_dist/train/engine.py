@@ -23,6 +23,7 @@ class Engine(Protocol):
     """What the training step asks of an engine."""
 
     device: torch.device
+    model: MultimodalModel
 
     def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
         """MultimodalModel.forward."""
@@ -93,6 +94,7 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         train = config.train
         self.device = device
+        self.model = model
         self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._grad_norm = 0.0

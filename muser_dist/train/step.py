@@ -14,6 +14,7 @@ from torch import Tensor
 
 from muser_dist.config import Modality, RunConfig
 from muser_dist.data.chunks import Chunk
+from muser_dist.models.batch_norm import update_running_statistics
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.train.engine import Engine
 
@@ -78,6 +79,7 @@ def train_step(
         loss.share.backward()
         _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
     engine.step(lr_factor)
+    update_running_statistics(engine.model)
     return loss, Logits(**{name: value.detach() for name, value in logits.items()})
 
 

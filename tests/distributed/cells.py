@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from muser_dist.config import ObjectiveConfig, RunConfig, TemperatureConfig
 from muser_dist.models.model import MultimodalModel
-from muser_dist.objectives import similarity, tiles
+from muser_dist.objectives import similarity
 from muser_dist.objectives.batch import Batch, Logits, global_metrics
 from muser_dist.objectives.reference import reference_loss
 from muser_dist.objectives.registry import load_objective
 from muser_dist.objectives.targets import Matches
+from muser_dist.objectives.tiles import TorchTiles
 from muser_dist.train.engine import DeepSpeedEngine, PlainEngine
 from muser_dist.train.step import DeviceChunk, to_device, train_step
 from tests.distributed.workers import run_workers
@@ -70,7 +71,7 @@ def case_for(name: str, world: int) -> Case:
 
 
 def loss_worker(rank: int, world: int, folder: str, names: list[str], mutation: str) -> None:
-    tiles.ROWS, tiles.COLUMNS = 3, 4  # several tiles in each block
+    TorchTiles.rows, TorchTiles.columns = 3, 4  # several tiles in each block
     mutate(mutation)
     for name in names:
         case = case_for(name, world)
@@ -205,7 +206,7 @@ class Recording:
 
     def __init__(self, engine, factor: float = 1.0) -> None:
         self.engine, self.device, self.factor = engine, engine.device, factor
-        self.encode = engine.encode
+        self.encode, self.model = engine.encode, engine.model
         self.gradients: dict[str, torch.Tensor] = {}
 
     def backward(self, share: torch.Tensor, last: bool = True) -> None:

@@ -171,7 +171,7 @@ def test_a_tower_of_the_users_own():
         (f"{__name__}:Missing", {}, "has no 'Missing'"),
         ("waveform", {"widht": 3}, r"model\.audio\.options: waveform cannot be built: .*widht"),
         ("torch.nn:Identity", {}, "no integer attribute `width`"),
-        ("spectrogram", {"model": "resnet18"}, "BatchNorm"),
+        ("spectrogram", {"model": "resnet18", "batch_norm": "none"}, "no 'none'"),
         ("spectrogram", {"model": "no_such_net"}, "timm cannot build 'no_such_net'"),
     ],
 )

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from muser_dist.config import ObjectiveConfig, PairConfig
 from muser_dist.errors import ConfigError
-from muser_dist.objectives import tiles
 from muser_dist.objectives.batch import Batch, Logits
 from muser_dist.objectives.reference import reference_loss
 from muser_dist.objectives.registry import load_objective
+from muser_dist.objectives.tiles import TorchTiles
 from tests.objectives.cases import LOSSES, MODALITIES, Case, config_of, gradients
 
 EVERYTHING = slice(None)
@@ -48,8 +48,8 @@ def test_equals_its_definition_in_value_and_gradient(name, seed, rows, repeats):
 def test_tiles_of_any_size_give_the_same(name, monkeypatch):
     case = Case(name, 11, seed=5)
     (value, got), _ = both(case)
-    monkeypatch.setattr(tiles, "ROWS", 3)
-    monkeypatch.setattr(tiles, "COLUMNS", 4)
+    monkeypatch.setattr(TorchTiles, "rows", 3)
+    monkeypatch.setattr(TorchTiles, "columns", 4)
     (again, in_tiles), _ = both(case)
     assert again == pytest.approx(value, rel=1e-12)
     for part, gradient in got.items():
