@@ -205,7 +205,7 @@ def plan(setting: dict[str, Any], sizes: list[int], rows_per_shard: int, repeats
                     stream.close()
                     if int(block["step"][0]) != first_step or not block["valid_audio"].all():
                         raise SystemExit(f"{size} shards, step {first_step}: the first chunk is not as it should be")
-                    _wait_until_free(place.cores + 1)
+                    _wait_until_free(place.cores)
                 for name, value in seconds.items() if repeat else ():
                     seen[size][name].append(round(value, 4))
     return {
@@ -219,7 +219,7 @@ def plan(setting: dict[str, Any], sizes: list[int], rows_per_shard: int, repeats
 
 
 def _wait_until_free(cores: int) -> None:
-    """Until the tasks of the dataset before have ended."""
+    """Until the slots of the dataset before have ended."""
     import ray
 
     while ray.available_resources().get("CPU", 0) < cores:

@@ -90,8 +90,9 @@ class ObjectiveConfig(Strict):
     name: str = "contrastive"
     """"contrastive" (symmetric InfoNCE), "decoupled", "sigmoid", "debiased", "similarity_weighted", "muser_poster",
     "muser_code" (docs/objective.md), or your own objective as "package.module:function"."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the objective: "debiased" takes tau_plus and beta, "similarity_weighted" kappa."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the objective, as NAME VALUE: "debiased" takes tau_plus and beta, "similarity_weighted"
+    kappa."""
     pairs: tuple[PairConfig, ...] = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
     """Modalities that are contrasted with each other."""
     targets: Literal["instance", "same_text", "same_label"] = "same_text"
@@ -109,7 +110,7 @@ class ObjectiveConfig(Strict):
     """Trains these many leading dimensions of the embedding as embeddings of their own (Matryoshka)."""
     bf16: bool = False
     """Rounds embeddings to bfloat16 before they are gathered and compared: half of the traffic, and tensor cores.
-    Sums and gradients stay float32."""
+    Sums stay float32."""
     gather_mib: int = 4096
     """MiB of gathered embeddings that a worker may hold; above, blocks of them travel in a ring instead."""
 
@@ -118,9 +119,15 @@ class ObjectiveConfig(Strict):
         for pair in self.pairs:
             require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
             require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
+        named = [{pair.first, pair.second} for pair in self.pairs]
+        require(all(named.count(pair) == 1 for pair in named), "objective.pairs names a pair twice; give it a weight")
         require(
             self.name != "sigmoid" or self.bias is not None,
             "objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10",
+        )
+        require(
+            self.bias is None or self.name == "sigmoid" or ":" in self.name,
+            f"objective.bias means nothing to {self.name!r}; only the sigmoid loss has one",
         )
         require(all(dim >= 1 for dim in self.dims), "objective.dims: a number of dimensions must be at least 1")
         require(len(set(self.dims)) == len(self.dims), "objective.dims: numbers of dimensions must differ")
@@ -147,8 +154,8 @@ class TrainConfig(Strict):
     """Rows that are dealt and encoded at a time (c); must divide global_batch."""
     cache_gradients: bool = True
     """Encodes chunks twice, so that memory holds the activations of one chunk however many a step has (GradCache).
-    Off, it holds those of all of a worker's chunks, and a step takes a quarter less time. The result is the same,
-    and so is the time where each worker has one chunk."""
+    Off, it holds those of all of a worker's chunks, and towers run forward once in place of twice. The result is the
+    same, and so is the time where each worker has one chunk."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_samples: int = 4_096
@@ -242,6 +249,13 @@ class RunConfig(Strict):
                     f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
+        used = {name for pair in self.objective.pairs for name in (pair.first, pair.second)}
+        for name in towers:
+            require(
+                name in used or ":" in self.objective.name,
+                f"model.{name}: no pair of objective.pairs names it, so it would not be trained; name it in a pair, or "
+                "leave the tower out (None in a recipe)",
+            )
         require(
             max(self.objective.dims, default=0) <= self.model.projection_dim,
             f"objective.dims goes beyond model.projection_dim ({self.model.projection_dim})",

@@ -26,15 +26,18 @@ class ChunkBatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    pending: Tensor
 
     def __init__(self, like: nn.modules.batchnorm._BatchNorm, frozen: bool) -> None:
         super().__init__()
-        self.eps, self.momentum, self.frozen = like.eps, like.momentum or 0.1, frozen
+        self.eps, self.frozen = like.eps, frozen
+        self.momentum = 0.1 if like.momentum is None else like.momentum
         self.weight, self.bias = like.weight, like.bias
         self.register_buffer("running_mean", like.running_mean)
         self.register_buffer("running_var", like.running_var)
         self.valid: Tensor | None = None
-        self.pending = torch.zeros(2 * like.num_features + 1)  # sums of means and of variances, and number of chunks
+        # Sums of means and of variances, and the number of chunks; no part of a checkpoint.
+        self.register_buffer("pending", torch.zeros(2 * like.num_features + 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, channels, ...) to the same."""
@@ -57,10 +60,10 @@ class ChunkBatchNorm(nn.Module):
         centred = (x - mean.view(1, -1, *[1] * (x.ndim - 2))) * weights
         variance = centred.square().sum(dim=over) / count
         # Where gradients are cached, the first pass is without graph; each chunk has one pass with it.
-        if torch.is_grad_enabled() and bool(self.valid.any()):
+        if torch.is_grad_enabled():
             unbiased = variance.detach() * count / (count - 1).clamp(min=1.0)
             seen = torch.cat([mean.detach(), unbiased, torch.ones_like(count)[None]])
-            self.pending = self.pending.to(x.device) + seen
+            self.pending.add_(seen * self.valid.any())
         return mean, variance
 
 
@@ -91,8 +94,8 @@ def update_running_statistics(module: nn.Module) -> None:
     pending = torch.cat([norm.pending for norm in norms])
     summed = sum_over_ranks(pending) if world()[1] > 1 else pending
     for norm, seen in zip(norms, summed.split([len(norm.pending) for norm in norms]), strict=True):
-        norm.pending = torch.zeros_like(seen)
-        if seen[-1] > 0:
-            mean, variance = (seen[:-1] / seen[-1]).chunk(2)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)
+        norm.pending.zero_()
+        mean, variance = (seen[:-1] / seen[-1].clamp(min=1.0)).chunk(2)
+        weight = norm.momentum * (seen[-1] > 0)  # a step without a valid row changes nothing
+        norm.running_mean.lerp_(mean, weight)
+        norm.running_var.lerp_(variance, weight)

@@ -60,12 +60,12 @@ class LogitScale(nn.Module):
             for _ in range(1 if temperature.shared else self.pairs)
         )
         biases = 0 if config.bias is None else self.pairs
-        self.bias = nn.ParameterList(nn.Parameter(torch.tensor([config.bias])) for _ in range(biases))
+        self.bias = nn.ParameterList(nn.Parameter(torch.tensor([float(config.bias or 0.0)])) for _ in range(biases))
 
     def forward(self) -> dict[str, Tensor]:
         """ "scale" and perhaps "bias", (pairs,) float32 each."""
-        log_scale = torch.cat(list(self.log_scale)).expand(self.pairs)
-        out = {"scale": _ClampInward.apply(log_scale, *self.bounds).exp()}
+        # Clamped before it is shared: the sum of the pairs' gradients decides whether it leads back.
+        out = {"scale": _ClampInward.apply(torch.cat(list(self.log_scale)), *self.bounds).exp().expand(self.pairs)}
         if len(self.bias):
             out["bias"] = torch.cat(list(self.bias))
         return out

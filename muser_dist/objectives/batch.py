@@ -69,7 +69,7 @@ class Loss:
 
 
 Objective = Callable[[dict[str, Tensor], Logits, Batch, ObjectiveConfig], Loss]
-"""Takes this rank's features by modality, (b, D) float, not normalised; every rank calls it."""
+"""Takes this rank's features by modality, (b, D) float, not normalised; every rank calls it, outside of autocast."""
 
 
 def global_metrics(loss: Loss) -> dict[str, float]:

@@ -65,7 +65,7 @@ def mean_over_anchors(
     config: ObjectiveConfig,
     statistic: Statistic,
     anchor_loss: AnchorLoss,
-    share_of_directions: Tensor | None = None,
+    factors: Tensor | None = None,
     floor: bool = False,
 ) -> Loss:
     """The frame: the weighted mean of `anchor_loss` over the valid anchors of the global batch, summed over directions.
@@ -77,8 +77,8 @@ def mean_over_anchors(
         features, logits, batch, config: see `Objective`.
         statistic: what the loss needs of similarities.
         anchor_loss: the loss.
-        share_of_directions: (P, 2) factors of each pair's two directions; by default the pairs' weights,
-            divided by twice their sum.
+        factors: (P, 2) of each pair's two directions in the sum; by default the pairs' weights, divided by twice
+            their sum.
         floor: whether no loss of an anchor can be below log |positives|: then "loss_minus_entropy" is told.
 
     Returns:
@@ -88,8 +88,8 @@ def mean_over_anchors(
     rows = GlobalBatch.of(batch)
     b = rows.rows_each
     own = slice(rank * b, (rank + 1) * b)
-    shares = _weights(config) if share_of_directions is None else share_of_directions
-    scale_P, bias_P = equal_gradient(logits.scale), None if logits.bias is None else equal_gradient(logits.bias)
+    factors = _weights(config) if factors is None else factors
+    scale_P, bias_P = equal_gradient(logits.scale), logits.bias
 
     # Every pair at every number of dimensions is a pair of its own.
     dims = config.dims or (next(iter(features.values())).shape[-1],)
@@ -97,7 +97,8 @@ def mean_over_anchors(
     names = list(dict.fromkeys((name, d) for pair, _, d in cases for name in (pair.first, pair.second)))
     views = [_shown(features[name][:, :d], batch.valid[name], b) for name, d in names]
     which = tuple((names.index((pair.first, d)), names.index((pair.second, d))) for pair, _, d in cases)
-    matches = tuple(Matches.of(rows, pair.first, pair.second, config) for pair in config.pairs)
+    matches = Matches.of(rows, config)
+    positives = [of_pair.positives()[own].to(scale_P.dtype) for of_pair in matches]
     of_cases = tuple(matches[p] for _, p, _ in cases)
     pairs = Pairs(which, of_cases, statistic, _ring(views, config), config.normalise, config.bf16)
     of_pair = torch.tensor([p for _, p, _ in cases], device=scale_P.device)
@@ -106,29 +107,29 @@ def mean_over_anchors(
 
     losses, weights, floors = [], [], []
     for c, (pair, p, d) in enumerate(cases):
-        valid, positives = matches[p].valid[own], matches[p].positives()[own].to(statistics.dtype)
+        valid = matches[p].valid[own]
         for direction, other in enumerate((pair.second, pair.first)):
             x_bD = views[which[c][direction]]
             hard = None
             if other in batch.negatives:
                 h_bKD = features[f"{other}_negatives"][..., :d]
                 hard = _hard_negatives(x_bD, h_bKD, batch.negatives[other], scales[c], config.normalise)
-            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives, hard)
+            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives[p], hard)
             loss_b, weight_b = anchor_loss(anchors)
             weight_b = weight_b.detach() * valid
             losses.append((torch.where(weight_b > 0, loss_b, 0.0) * weight_b).sum())
             weights.append(weight_b.sum())
-            floors.append((positives.log() * weight_b).sum())
+            floors.append((positives[p].log() * weight_b).sum())
     total = sum_over_ranks(torch.stack(weights)).clamp(min=torch.finfo(statistics.dtype).tiny)
     mean = (torch.stack(losses) / total).view(-1, len(dims), 2)
-    share_P = (shares[:, None].to(mean) * mean).sum(dim=2)  # (P, dims)
+    share_P = (factors[:, None].to(mean) * mean).sum(dim=2)  # (P, dims)
     share = share_P.mean(dim=1).sum()
 
     metrics = {"loss": share.detach()}
     if floor:
         lowest = (torch.stack(floors) / total).view(-1, len(dims), 2)
-        metrics["loss_minus_entropy"] = share.detach() - (shares[:, None].to(mean) * lowest).sum(dim=2).mean(1).sum()
-    parts = shares.sum(dim=1).to(mean)
+        metrics["loss_minus_entropy"] = share.detach() - (factors[:, None].to(mean) * lowest).sum(dim=2).mean(1).sum()
+    parts = factors.sum(dim=1).to(mean)
     for p, pair in enumerate(config.pairs):
         own_mean = share_P[p].detach() / parts[p]
         metrics[f"loss/{pair.first}-{pair.second}"] = own_mean.mean()
@@ -149,11 +150,13 @@ def contrastive(features: dict[str, Tensor], logits: Logits, batch: Batch, confi
     config.normalise = False and a constant temperature of 1 it is CLaMP 2's and 3's.
     """
 
-    def loss(anchors: Anchors) -> tuple[Tensor, Tensor]:
-        loss_b = anchors.log_sum() - anchors.mean_positive()
-        return loss_b, torch.ones_like(loss_b)
+    return mean_over_anchors(features, logits, batch, config, LogSumExp(), info_nce, floor=True)
 
-    return mean_over_anchors(features, logits, batch, config, LogSumExp(), loss, floor=True)
+
+def info_nce(anchors: Anchors) -> tuple[Tensor, Tensor]:
+    """The loss of each anchor over `LogSumExp()`; all weigh the same."""
+    loss_b = anchors.log_sum() - anchors.mean_positive()
+    return loss_b, torch.ones_like(loss_b)
 
 
 def _weights(config: ObjectiveConfig) -> Tensor:
@@ -176,7 +179,7 @@ def _ring(views: list[Tensor], config: ObjectiveConfig) -> bool:
 
 def _hard_negatives(x_bD: Tensor, h_bKD: Tensor, there_bK: Tensor, scale: Tensor, normalise: bool) -> Tensor:
     """(b, K) logits of the anchors' own hard negatives (CompA, Ghosh et al. 2024); padded rows have none."""
-    x, h = x_bD[: len(h_bKD)], h_bKD
+    x, h = x_bD[: len(h_bKD)], h_bKD.masked_fill(~there_bK[..., None], 0.0)
     if normalise:
         x, h = F.normalize(x, dim=-1), F.normalize(h, dim=-1)
     # Minus infinity takes the place of what is not there. A large factor would raise negative similarities.

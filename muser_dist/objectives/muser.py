@@ -11,7 +11,7 @@ from torch import Tensor
 
 from muser_dist.config import ObjectiveConfig
 from muser_dist.objectives.batch import Batch, Logits, Loss
-from muser_dist.objectives.contrastive import Anchors, mean_over_anchors
+from muser_dist.objectives.contrastive import info_nce, mean_over_anchors
 from muser_dist.objectives.decoupled import decoupled_loss
 from muser_dist.objectives.statistics import LogSumExp
 
@@ -31,11 +31,6 @@ def muser_code(features: dict[str, Tensor], logits: Logits, batch: Batch, config
     With its three pairs that is the mean of six; with two or one it is twice the mean.
     Its own negatives stopped at the process; here they are those of the global batch.
     """
-
-    def loss(anchors: Anchors) -> tuple[Tensor, Tensor]:
-        loss_b = anchors.log_sum() - anchors.mean_positive()
-        return loss_b, torch.ones_like(loss_b)
-
     pairs = len(config.pairs)
     factors = torch.full((pairs, 2), 1.0 / math.factorial(pairs), dtype=torch.float64)
-    return mean_over_anchors(features, logits, batch, config, LogSumExp(), loss, factors)
+    return mean_over_anchors(features, logits, batch, config, LogSumExp(), info_nce, factors)

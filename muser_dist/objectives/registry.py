@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
-from muser_dist.config import ObjectiveConfig
-from muser_dist.errors import ConfigError
-from muser_dist.objectives.batch import Loss, Objective
+import torch
+
+from muser_dist.config import ObjectiveConfig, RunConfig
+from muser_dist.errors import ConfigError, MuserError
+from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.objectives.debiased import debiased
 from muser_dist.objectives.decoupled import decoupled
@@ -24,6 +26,24 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "sigmoid": sigmoid,
     "similarity_weighted": similarity_weighted,
 }
+
+
+def check_objective(config: RunConfig) -> None:
+    """Runs the objective on two rows: what is wrong with its settings shows before a cluster is started.
+
+    Raises:
+        ConfigError: as `load_objective`, and what the objective itself says.
+    """
+    pairs, two = len(config.objective.pairs), torch.arange(2)
+    features = {name: torch.eye(2, config.model.projection_dim) for name in config.model.towers()}
+    bias = None if config.objective.bias is None else torch.full((pairs,), config.objective.bias)
+    batch = Batch({name: torch.ones(2, dtype=torch.bool) for name in features}, two, two, two)
+    try:
+        load_objective(config.objective)(features, Logits(torch.ones(pairs), bias), batch, config.objective)
+    except MuserError:
+        raise
+    except Exception as error:  # it may be the user's own
+        raise ConfigError(f"objective.name: {config.objective.name} fails on two rows: {error!r}") from error
 
 
 def load_objective(config: ObjectiveConfig) -> Objective:

@@ -14,7 +14,7 @@ def sigmoid(features: dict[str, Tensor], logits: Logits, batch: Batch, config: O
     """Σ_j log(1 + exp(-z_ij·s_ij)), summed over candidates, mean over anchors (Zhai et al. 2023).
 
     s_ij = scale · cos(x_i, y_j) + bias; z is 1 for positives and -1 for all others. Both directions
-    are the same sum, so one is computed.
+    are the same sum, so one counts.
     """
     if logits.bias is None:
         raise ConfigError("objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10")

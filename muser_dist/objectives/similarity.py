@@ -5,9 +5,10 @@ Each rank's gradient is that of the sum of all ranks' losses with respect to its
 
 Two ways give the same results. Gathered: every rank holds all features; ranks then exchange numbers of
 rows alone, no gradient of a feature, and compute the gradient of their own rows. Ring: blocks of features
-travel, and with them what is known of their columns; no rank ever holds more than two blocks.
+travel, and with them what is known of their columns; a rank holds its own, the one it works on and the next.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ class Pairs:
         statistic: for all pairs.
         ring: whether features travel in a ring instead of being gathered.
         normalise: whether features are compared by cosine.
-        bf16: whether features are rounded to bfloat16 before they travel and meet. Sums and gradients stay float32:
-            the gradient is that of the rounded features.
+        bf16: whether features are rounded to bfloat16 before they travel and meet. Sums stay float32; the gradient
+            is that of the rounded features.
     """
 
     which: tuple[tuple[int, int], ...]
@@ -46,14 +47,14 @@ class Pairs:
     def compared(self, features: Iterable[Tensor]) -> list[Tensor]:
         """The features as they travel and meet."""
         unit = (x / _norms(x) if self.normalise else x for x in map(Tensor.detach, features))
-        return [x.bfloat16() if self.bf16 else x for x in unit]
+        return [(x.bfloat16() if self.bf16 else x).contiguous() for x in unit]
 
     def of_given(self, gradients: list[Tensor], features: Iterable[Tensor]) -> list[Tensor]:
         """Gradients with respect to the features as they were given, out of those as they meet; in place."""
         if self.normalise:
             for gradient, x in zip(gradients, features, strict=True):
-                norms = _norms(x)
-                along = (gradient * x).sum(dim=1, keepdim=True) / norms.square()
+                norms, x = _norms(x).to(gradient.dtype), x.to(gradient.dtype)
+                along = torch.einsum("bd,bd->b", gradient, x)[:, None] / norms.square()
                 gradient.addcmul_(x, along, value=-1.0).div_(norms)
         return gradients
 
@@ -84,7 +85,7 @@ def row_statistics(pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, feature
 
 
 class _Gathered(torch.autograd.Function):
-    """Products for each pair, of b·N·D each: 2 in forward, 10 - 2/W in all."""
+    """Products for each pair, of 2·b·N·D operations each: 1 in forward, 5 - 1/W in all."""
 
     @staticmethod
     def forward(ctx: Any, pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, *features: Tensor) -> Tensor:
@@ -111,14 +112,15 @@ class _Gathered(torch.autograd.Function):
                 for row, column in zip(rows, whole, strict=True)
             ]
         )
-        ctx.pairs, ctx.own, ctx.everywhere = pairs, own, everywhere
-        ctx.save_for_backward(scale_P, bias_P, stats, *features)
+        ctx.pairs = pairs
+        ctx.save_for_backward(scale_P, bias_P, stats, *features, *own, *everywhere)  # freed after backward
         return stats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale_P, bias_P, stats, *given = ctx.saved_tensors
-        pairs, features, everywhere = ctx.pairs, ctx.own, ctx.everywhere
+        scale_P, bias_P, stats, *saved = ctx.saved_tensors
+        pairs, m = ctx.pairs, len(saved) // 3
+        given, features, everywhere = saved[:m], saved[m : 2 * m], saved[2 * m :]
         rank, ranks = world()
         b = len(features[0])
         known = gather(torch.stack([stats, grads[0]])[None]).movedim(0, 4).flatten(4)  # (2, P, 2, S, N)
@@ -147,7 +149,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Ring(torch.autograd.Function):
-    """Products for each pair, of b·N·D each: 2 in forward, 8 in all; each tile is seen once for both directions.
+    """Products for each pair, of 2·b·N·D operations each: 1 in forward, 4 in all; a tile serves both directions.
 
     Of each pair one modality stays and the other travels; a modality that travels does so once for all pairs.
     """
@@ -174,14 +176,15 @@ class _Ring(torch.autograd.Function):
                 blocks = dict(zip(blocks, pass_on(list(blocks.values())), strict=True))
         finished = [[statistic.finish(rows[p]), statistic.finish(columns[p])] for p in range(len(rows))]
         stats = torch.stack([torch.stack(plan.in_order(p, pair)) for p, pair in enumerate(finished)])
-        ctx.pairs, ctx.own = pairs, own
-        ctx.save_for_backward(scale_P, bias_P, stats, *features)
+        ctx.pairs = pairs
+        ctx.save_for_backward(scale_P, bias_P, stats, *features, *own)
         return stats
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale_P, bias_P, stats, *given = ctx.saved_tensors
-        pairs, features = ctx.pairs, ctx.own
+        scale_P, bias_P, stats, *saved = ctx.saved_tensors
+        pairs, m = ctx.pairs, len(saved) // 2
+        given, features = saved[:m], saved[m:]
         rank, ranks = world()
         b = len(features[0])
         plan = _RingPlan.of(pairs.which)
@@ -222,13 +225,10 @@ class _RingPlan:
 
     @classmethod
     def of(cls, which: tuple[tuple[int, int], ...]) -> "_RingPlan":
-        """Lets as few modalities travel as pairs allow."""
-        modalities = sorted({m for pair in which for m in pair})
-        subsets = (
-            {m for i, m in enumerate(modalities) if chosen >> i & 1}
-            for chosen in sorted(range(1 << len(modalities)), key=int.bit_count)
-        )
-        travelling = next(subset for subset in subsets if all(subset & set(pair) for pair in which))
+        """Lets those travel that most pairs share, until each pair has one that does."""
+        travelling: set[int] = set()
+        while left := [pair for pair in which if not travelling & set(pair)]:
+            travelling.add(Counter(m for pair in left for m in pair).most_common(1)[0][0])
         flipped = tuple(second not in travelling for _, second in which)
         return cls(
             tuple(second if flip else first for flip, (first, second) in zip(flipped, which, strict=True)),
@@ -248,15 +248,14 @@ class _RingPlan:
 
 def _masked(features: Tensor, of: Similarities, first: int) -> Block:
     """The block of these rows with zeros where the pair is not valid: what stands there must not matter."""
-    valid = of.matches.valid[first : first + len(features)]
-    if not bool(valid.all()):
-        features = features.masked_fill(~valid[:, None], 0.0)
+    if not of.matches.all_valid:
+        features = features.masked_fill(~of.matches.valid[first : first + len(features), None], 0.0)
     return Block(features, first)
 
 
 def _of_scale(x: Block, into_x: Tensor, of: Similarities) -> Tensor:
     """The gradient of the scale that x's rows give: dL/dx_i is scale · Σ g_ij y_j, so <x_i, dL/dx_i> holds it."""
-    return (x.features.to(into_x.dtype) * into_x).sum() / of.scale
+    return torch.einsum("bd,bd->b", x.features.to(into_x.dtype), into_x).sum(dtype=torch.float64) / of.scale
 
 
 def _norms(x: Tensor) -> Tensor:

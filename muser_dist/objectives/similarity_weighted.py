@@ -8,7 +8,7 @@ from muser_dist.config import ObjectiveConfig
 from muser_dist.errors import require
 from muser_dist.objectives.batch import Batch, Logits, Loss
 from muser_dist.objectives.collectives import sum_over_ranks
-from muser_dist.objectives.contrastive import Anchors, mean_over_anchors
+from muser_dist.objectives.contrastive import Anchors, info_nce, mean_over_anchors
 from muser_dist.objectives.statistics import LogSumExp
 
 
@@ -22,13 +22,13 @@ def similarity_weighted(
 
     Args:
         features, logits, batch, config: see `Objective`; features must be normalised.
-        kappa: positive; the smaller, the more weights differ.
+        kappa: at least 0.02; the smaller, the more weights differ.
     """
-    require(kappa > 0.0, f"objective.options.kappa is {kappa}; it must be positive")
+    require(kappa >= 0.02, f"objective.options.kappa is {kappa}; below 0.02 weights leave the range of float32")
     require(config.normalise, 'objective.normalise: "similarity_weighted" needs normalised features')
 
     def loss(anchors: Anchors) -> tuple[Tensor, Tensor]:
-        loss_b = anchors.log_sum() - anchors.mean_positive()
+        loss_b, _ = info_nce(anchors)
         x_bD = F.normalize(torch.where(anchors.valid[:, None], anchors.features.detach(), 0.0), dim=1)
         sums = sum_over_ranks(torch.cat([x_bD.sum(dim=0), anchors.valid.sum()[None].to(x_bD)]))
         mean_similarity = x_bD @ sums[:-1] / sums[-1].clamp(min=1.0)

@@ -140,7 +140,7 @@ class LogSumExp:
                 terms.masked_fill_(out, LOWEST)
             of_rows, of_columns = alpha * rows.grad[i], alpha * columns.grad[i]
             if abs(alpha) * largest <= LARGEST_EXPONENT:
-                # e^s · (g_i e^{-lse_i} + g_j e^{-lse_j}); rows without any candidate have no gradient, and 0·inf none
+                # e^s · (g_i e^{-lse_i} + g_j e^{-lse_j})
                 weights = _scaled(of_rows, rows.value[i])[:, None] + _scaled(of_columns, columns.value[i])
                 part = terms.exp_().mul_(weights)
             else:
@@ -195,7 +195,8 @@ class SoftplusSum:
 
 
 def _scaled(grad: Tensor, lse: Tensor) -> Tensor:
-    return torch.where(grad == 0.0, 0.0, grad * torch.exp(-lse))
+    # No lse of a row that takes part in such a tile is lower; others must not become infinite.
+    return grad * torch.exp(-lse.clamp(min=-LARGEST_EXPONENT))
 
 
 def _finite(lse: Tensor) -> Tensor:

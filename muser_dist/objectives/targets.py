@@ -77,22 +77,25 @@ class Matches:
         label: (N,) int32.
         repeated: whether two rows have one label: else only i itself is a positive of i.
         barred: (N,) int32 each; none where ids do not repeat.
+        all_valid: whether every row has both.
     """
 
     valid: Tensor
     label: Tensor
     repeated: bool
     barred: tuple[Tensor, ...]
+    all_valid: bool
 
     @classmethod
-    def of(cls, rows: GlobalBatch, first: str, second: str, config: ObjectiveConfig) -> "Matches":
-        """The matches of a pair under the config's targets."""
+    def of(cls, rows: GlobalBatch, config: ObjectiveConfig) -> "list[Matches]":
+        """The matches of each pair of the config, under its targets."""
         label, repeated = _ids(_target_ids(rows, config.targets))
-        barred = [_ids(rows.row)]  # two copies of a clip, as at the end of a pass over the data
+        ids = [_ids(rows.row)]  # two copies of a clip, as at the end of a pass over the data
         if config.exclude_same_text:
-            barred.append(_ids(rows.text_id))
-        valid = rows.valid[first] & rows.valid[second]
-        return cls(valid, label, repeated, tuple(ids for ids, repeat in barred if repeat))
+            ids.append(_ids(rows.text_id))
+        barred = tuple(known for known, repeat in ids if repeat)
+        valid = [rows.valid[pair.first] & rows.valid[pair.second] for pair in config.pairs]
+        return [cls(flags, label, repeated, barred, bool(flags.all())) for flags in valid]
 
     def positives(self) -> Tensor:
         """(N,) int64: how many positives each row has, itself included; at least 1."""
@@ -110,7 +113,7 @@ class Matches:
             barred = same if barred is None else barred | same
         if barred is not None:
             barred = barred & ~(self.label[rows, None] == self.label[columns])
-        all_valid = bool(valid_rows.all()) and bool(valid_columns.all())
+        all_valid = self.all_valid or (bool(valid_rows.all()) and bool(valid_columns.all()))
         return Masks(valid_rows.to(dtype), valid_columns.to(dtype), all_valid, positive, barred)
 
 

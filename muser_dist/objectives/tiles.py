@@ -118,6 +118,8 @@ class TorchTiles:
 
     def __init__(self, of: Similarities, x: Block, y: Block) -> None:
         self.of, self.x, self.y = of, x, y
+        if x.features.is_cuda:
+            self.rows, self.columns = 4096, 8192
         self.largest = abs(of.scale) * x.largest() * y.largest() + abs(of.bias or 0.0)
         self._scaled: tuple[slice, Tensor] | None = None
         self._buffer: Tensor | None = None

@@ -1,4 +1,6 @@
-"""Tiles on NVIDIA GPUs: products on the tensor cores whose epilogue makes the statistics, or the gradient, of a tile.
+"""Tiles on NVIDIA GPUs: products whose epilogue makes the statistics, or the gradient, of a tile.
+
+In bfloat16 they run on the tensor cores; float32 is exact, and slow.
 
 The logits exist in registers alone. What is written is, for each piece of 128 by 128, the state of its rows
 and columns; in backward the tile's gradient in the features' own precision, which two products of the
@@ -14,7 +16,9 @@ from muser_dist.objectives.statistics import LOWEST, LogSumExp, Rows, SoftplusSu
 from muser_dist.objectives.tiles import Block, Similarities
 
 PIECE = 128
-DEPTH = 64
+DEPTHS = {torch.bfloat16: 64, torch.float32: 16}
+"""Of the features, how many numbers are in shared memory at a time: as much as the smaller cards have too."""
+
 WARPS, STAGES = 8, 3
 
 _LOWEST = tl.constexpr(LOWEST)
@@ -29,13 +33,14 @@ def supports(statistic: Statistic, dtype: torch.dtype) -> bool:
 class FusedTiles:
     """See `tiles.Tiles`."""
 
-    # A tile's gradient in bfloat16 takes 512 MB, and between tiles nothing is lost to launches.
+    # A tile's gradient takes 512 MB in bfloat16, and twice that in float32.
     rows, columns = 16_384, 16_384
 
     def __init__(self, of: Similarities, x: Block, y: Block) -> None:
         self.of, self.x, self.y = of, x, y
         self.sigmoid = isinstance(of.statistic, SoftplusSum)
         self.decoupled = isinstance(of.statistic, LogSumExp) and of.statistic.decoupled
+        assert x.features.is_contiguous() and y.features.is_contiguous()
 
     def states(self, i: slice, j: slice) -> tuple[Tensor, Tensor]:
         n, m = i.stop - i.start, j.stop - j.start
@@ -68,31 +73,33 @@ def _launch(kernel: triton.JITFunction, tiles: FusedTiles, i: slice, j: slice, *
     at_rows, at_columns = x.places(i), y.places(j)
     matches = of.matches
     barred = (*matches.barred, matches.label, matches.label)[:2]  # two at most; labels stand in for those not there
-    kernel[(triton.cdiv(n, PIECE) * triton.cdiv(m, PIECE),)](
-        rows,
-        columns,
-        matches.valid[at_rows].to(torch.int8),
-        matches.valid[at_columns].to(torch.int8),
-        matches.label[at_rows],
-        matches.label[at_columns],
-        barred[0][at_rows],
-        barred[0][at_columns],
-        barred[1][at_rows],
-        barred[1][at_columns],
-        *outputs,
-        n,
-        m,
-        of.scale,
-        of.bias or 0.0,
-        DIM=depth,
-        BARRED=len(matches.barred),
-        DECOUPLED=tiles.decoupled,
-        SIGMOID=tiles.sigmoid,
-        PIECE=PIECE,
-        DEPTH=DEPTH,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    grid = (triton.cdiv(n, PIECE) * triton.cdiv(m, PIECE),)
+    with torch.cuda.device_of(rows):
+        kernel[grid](
+            rows,
+            columns,
+            matches.valid[at_rows].to(torch.int8),
+            matches.valid[at_columns].to(torch.int8),
+            matches.label[at_rows],
+            matches.label[at_columns],
+            barred[0][at_rows],
+            barred[0][at_columns],
+            barred[1][at_rows],
+            barred[1][at_columns],
+            *outputs,
+            n,
+            m,
+            of.scale,
+            of.bias or 0.0,
+            DIM=depth,
+            BARRED=len(matches.barred),
+            DECOUPLED=tiles.decoupled,
+            SIGMOID=tiles.sigmoid,
+            PIECE=PIECE,
+            DEPTH=DEPTHS[rows.dtype],
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
 
 
 @triton.jit
@@ -151,7 +158,11 @@ def _states(
     row, column = of_rows + at_j * n + i, of_columns + at_i * m + j
     if SIGMOID:
         turned = tl.where(positive, -s, s)
-        terms = tl.where(part, tl.maximum(turned, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(turned))), 0.0)
+        small = tl.exp(-tl.abs(turned))
+        rounded = 1.0 + small
+        # log(1 + e) as accurate as e: what rounding has taken from 1 + e is put back as a factor.
+        log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * (small / tl.maximum(rounded - 1.0, 1e-30)))
+        terms = tl.where(part, tl.maximum(turned, 0.0) + log1p, 0.0)
         tl.store(row, tl.sum(terms, 1), mask=i < n)
         tl.store(column, tl.sum(terms, 0), mask=j < m)
     else:

@@ -21,7 +21,7 @@ from muser_dist.data.text import check_templates, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
-from muser_dist.objectives.registry import load_objective
+from muser_dist.objectives.registry import check_objective
 from muser_dist.train.checkpoint import committed_step
 from muser_dist.train.loop import MODEL
 
@@ -40,7 +40,7 @@ def check_settings(config: RunConfig) -> int:
     check_templates(config.data.templates)
     for source in config.data.sources:
         check_templates(source.templates, f"data.sources: templates of {source.name}")
-    load_objective(config.objective)
+    check_objective(config)
     smallest = min((source.weight for source in config.data.sources), default=1.0)
     if smallest * config.train.global_batch < sum(source.weight for source in config.data.sources):
         raise ConfigError(

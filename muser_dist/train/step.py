@@ -80,6 +80,8 @@ def train_step(
         _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
     engine.step(lr_factor)
     update_running_statistics(engine.model)
+    # Without the graph, which would keep the features of all ranks until the next step's.
+    loss = Loss(loss.share.detach(), loss.metrics)
     return loss, Logits(**{name: value.detach() for name, value in logits.items()})
 
 

@@ -25,6 +25,27 @@ def test_a_chunk_has_the_shapes_that_the_contract_says(tmp_path):
     assert chunk["problems"] == []
 
 
+def test_labels_are_equal_where_the_field_says_the_same(tmp_path):
+    pattern = write_shards(tmp_path, [8, 8])
+    config = small_config(data={"label": "instrument", "templates": ("{instrument}", "{caption}")})
+    chunks = list(reader_of(config, pattern).read(range(8)))
+    fields = {
+        int(row): json.loads(text)["instrument"]
+        for chunk in evaluation_chunks(config, index_of(pattern), LOCAL)
+        for row, text in zip(chunk["row"], chunk["fields"], strict=True)
+        if row >= 0
+    }
+    labels: dict[str, set[int]] = {}
+    for chunk in chunks:
+        for row, label in zip(chunk["row"].tolist(), chunk["label_id"].tolist(), strict=True):
+            labels.setdefault(fields[row], set()).add(label)
+    assert len(labels) > 1
+    assert all(len(ids) == 1 for ids in labels.values())
+    assert len(set.union(*labels.values())) == len(labels)
+    without = next(iter(reader_of(small_config(data={"label": "absent"}), pattern).read([0])))
+    assert (without["label_id"] == -1).all()
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 def test_a_global_batch_is_the_same_for_any_number_of_workers(tmp_path, workers):
     pattern = write_shards(tmp_path, [8, 8, 5])

@@ -89,7 +89,9 @@ def mutate(mutation: str) -> None:
         similarity.exchange = lambda x: torch.stack([x[dist.get_rank()]] * len(x))
     elif mutation == "a mask ignored":
         of = Matches.of
-        Matches.of = lambda *pair: replace(matches := of(*pair), valid=torch.ones_like(matches.valid))
+        Matches.of = lambda *pairs: [replace(m, valid=torch.ones_like(m.valid), all_valid=True) for m in of(*pairs)]
+    elif mutation == "a block not passed on":
+        similarity.pass_on = lambda tensors: tensors
     else:
         assert not mutation
 
@@ -129,7 +131,7 @@ OBJECTIVES = {
 
 def chunk_counts(world: int) -> dict[str, int]:
     """K, the chunks of a global batch, by the words for it."""
-    counts = {f"{each} a rank": each * world for each in (1, 2, 5)}
+    counts = {f"{each} a rank": each * world for each in (1, 2, 5)} | {"2 a rank, one graph": 2 * world}
     return counts | ({"K = 4" if world == 3 else f"K = {2 * world - 1}": 4 if world == 3 else 2 * world - 1})
 
 
@@ -231,7 +233,8 @@ def engine_worker(
             config = config_for(objective, world, world, stage, precision)
             recording = Recording(DeepSpeedEngine(MultimodalModel(config), config, torch.device("cpu")), factor)
             for words, chunks in counts.items():
-                config = config_for(objective, world, chunks, stage, precision)
+                cached = not words.endswith("one graph")
+                config = config_for(objective, world, chunks, stage, precision, cache_gradients=cached)
                 mine = on_device(global_chunks(config)[rank::world], config)
                 loss, _ = train_step(recording, load_objective(config.objective), config, mine, 1.0)
                 value = global_metrics(loss)["loss"]

@@ -32,6 +32,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "Matryoshka": {"targets": "same_text", "dims": (4, 8, 16)},
     "three pairs": {"targets": "same_text", "pairs": THREE_PAIRS},
     "scale 100": {"targets": "same_text", "scale": 100.0},
+    "bfloat16": {"targets": "same_text", "bf16": True, "normalise": False, "pairs": THREE_PAIRS},
 }
 """By name: fields of ObjectiveConfig, the number of "hard" negatives of each row, and the "scale"."""
 
@@ -56,6 +57,8 @@ class Case:
         self.config = config_of(name)
         hard = LOSSES[name].get("hard", 0)
         self.features = {m: torch.randn(rows, dim, generator=g) for m in MODALITIES}
+        if self.config.bf16:  # what bfloat16 holds as it is: so there is nothing to round, and the result is exact
+            self.features = {m: (x / 4).bfloat16().float() for m, x in self.features.items()}
         valid = {m: (torch.rand(rows, generator=g) < 0.8) | (not repeats) for m in MODALITIES}
         row = torch.randint(0, max(1, rows - 2), (rows,), generator=g) if repeats else torch.arange(rows)
         text_id = torch.randint(0, 4, (rows,), generator=g).masked_fill_(~valid["text"], -1)

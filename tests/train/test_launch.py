@@ -156,6 +156,21 @@ def test_the_command_line_overrides_any_field():
     assert config.objective.temperature.learnable is False
 
 
+def test_objectives_on_the_command_line():
+    arguments = ["tiny", "--objective.name", "debiased", "--objective.targets", "instance", "--objective.options"]
+    config = parse_run([*arguments, "tau_plus", "0.1", "--objective.dims", "32", "64"], "test")
+    assert config.objective.options == {"tau_plus": 0.1}
+    assert config.objective.dims == (32, 64)
+    for wrong, message in (
+        (["--objective.name", "sigmoid"], r"objective\.bias"),
+        (["--objective.targets", "same_label"], r"data\.label"),
+        (["--objective.dims", "64", "4096"], r"objective\.dims goes beyond model\.projection_dim"),
+        (["--objective.temperature.maximum", "0.01"], r"objective\.temperature"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_run(["tiny", *wrong], "test")
+
+
 def test_the_default_name_tells_configs_apart():
     one, same, other = (parse_run(["tiny", "--train.lr", lr], "test") for lr in ("0.1", "0.1", "0.2"))
     assert one.name == same.name != other.name
