@@ -203,7 +203,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if all(cpu):
         ratios["cpu_ours_over_limit"] = round(statistics.median(cpu[0][i] / cpu[1][i] for i in cpu[0]), 3)
     if slow := [row for row in rows if (row["contestant"], row["consumer"]) == ("ours", "slow")]:
-        buffer_mb = (SLOW_STORE_MB // 4 << 20) / 1e6
+        buffer_mb = (SLOW_STORE_MB // 2 << 20) / 1e6
         ratios["slow_store_peak_over_buffer"] = round(slow[0]["object_store"]["peak_mb"] / buffer_mb, 3)
     results: dict[str, Any] = {"cores": options.cores, "rows": rows, "ratios": ratios, "ratios_by_round": by_round}
     if options.plan:

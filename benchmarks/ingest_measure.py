@@ -199,7 +199,7 @@ def plan(setting: dict[str, Any], sizes: list[int], rows_per_shard: int, repeats
                 steps = size * rows_per_shard // config.train.global_batch
                 for name, first_step in (("start", 0), ("resumed", steps * 9 // 10)):
                     start = time.monotonic()
-                    stream = chunks(ray_dataset(reader, first_step, steps), config)
+                    stream = chunks(ray_dataset(reader, first_step, steps, place.cores), config)
                     block = next(stream)
                     seconds[name] = time.monotonic() - start
                     stream.close()

@@ -121,7 +121,7 @@ def _slow(results: dict[str, Any]) -> str:
     return (
         "## Memory, and a consumer that is slower\n\n"
         "The slow consumer sleeps so as to take a quarter of the rows, over an object store of "
-        f"{rows[0]['object_store']['capacity_mb']} MB,\nof which `data.buffer_mib` gives ours a quarter. Cores are "
+        f"{rows[0]['object_store']['capacity_mb']} MB,\nof which `data.buffer_mib` gives ours half. Cores are "
         "those used in the last 40 % of its time;\nwhat it takes needs a quarter of those of full speed.\n\n"
         "| contestant | fast: peak MB | spilled MB | slow: peak MB | MB at the end | spilled MB | slow: cores |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(lines)

@@ -37,7 +37,7 @@ class Setting:
         extension: of their audio members.
         cores: processes or logical CPUs that may decode.
         seconds: rows must last so long.
-        store_mb: size of Ray's object store, of which a quarter is our buffer; 0 stands for the defaults of Ray
+        store_mb: size of Ray's object store, of which half is our buffer; 0 stands for the defaults of Ray
             (30 % of the memory) and of the library.
     """
 
@@ -118,7 +118,7 @@ def ours(setting: Setting) -> Iterator[int]:
     start_ray(setting)
     config = training_config(setting)
     index = ShardIndex(tuple(setting.shards), np.array([_count(shard) for shard in setting.shards]), {})
-    for block in chunks(ray_dataset(reader_of(config, index), 0, config.train.steps), config):
+    for block in chunks(ray_dataset(reader_of(config, index), 0, config.train.steps, setting.cores), config):
         yield int(block["valid_audio"].sum())
 
 
@@ -137,7 +137,7 @@ def training_config(setting: Setting) -> Any:
     config = tiny()
     data = replace(config.data, train=(f"{setting.folder}/*.tar",), decode_slots=setting.cores)
     if setting.store_mb:
-        data = replace(data, buffer_mib=setting.store_mb // 4)
+        data = replace(data, buffer_mib=setting.store_mb // 2)
     train = replace(config.train, workers=1, chunk=BATCH, samples=setting.rows + config.train.global_batch)
     if (data.sample_rate, data.crop_samples) != (SAMPLE_RATE, SAMPLES):
         raise SystemExit("the tiny recipe has changed: set SAMPLE_RATE and SAMPLES to its values")
@@ -162,7 +162,7 @@ def chunks(dataset: Any, config: Any) -> Iterator[dict[str, np.ndarray]]:
 
     block = BATCH * 2 * SAMPLES
     slots = int(ray.cluster_resources()["CPU"])
-    dataset.context.execution_options = execution_options(config.data.buffer_mib, block, slots)
+    dataset.context.execution_options = execution_options(config.data.buffer_mib, block, slots, 1)
     (shard,) = dataset.streaming_split(1, equal=True)
     try:
         yield from shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)

@@ -146,8 +146,8 @@ class DataConfig(Strict):
     """Logical CPUs for reading and decoding: declared beside the workers' when the job starts
     Ray itself; a cluster that is already running must have at least one left."""
     buffer_mib: int = 1024
-    """MiB of the object store that decoded chunks may fill while they wait for the workers; three
-    chunks for each decoding slot where that is more."""
+    """MiB of the object store that decoded chunks may fill until they are trained on; three chunks
+    for each decoding slot and each worker where that is more."""
     max_bad_share: float = 0.2
     """Training stops when more than this share of the rows is quarantined (judged once 1,000 rows
     were read)."""

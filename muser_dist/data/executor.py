@@ -120,6 +120,8 @@ def set_context(slots: int) -> None:
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False
+    # A slot that is idle because the trainers are slower keeps its open shards and its decoder.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -127,17 +129,19 @@ def set_context(slots: int) -> None:
     )
 
 
-def execution_options(buffer_mib: int, block_bytes: int, slots: int) -> ray.data.ExecutionOptions:
+def execution_options(buffer_mib: int, block_bytes: int, slots: int, workers: int) -> ray.data.ExecutionOptions:
     """Options for splitting: with `preserve_order`, block i goes to split i mod W.
 
     Args:
-        buffer_mib: MiB of the object store that blocks may fill while they wait to be consumed; three
-            blocks for each slot where that is more.
+        buffer_mib: MiB of the object store that blocks may fill until they are consumed; three blocks for each slot
+            and each worker where that is more.
         block_bytes: size of a block.
         slots: tasks that run at a time.
+        workers: consumers.
     """
-    # Ray counts a task's blocks when it fetches them; until then a task may have two.
-    uncounted = 2 * slots * block_bytes
+    # Ray counts a task's blocks when it fetches them; until then a task may have two. And it counts them no more
+    # when a worker has them: the one in use and two that wait (train/loop.py).
+    uncounted = (2 * slots + 3 * workers) * block_bytes
     limits = ray.data.ExecutionResources(
         object_store_memory=max((buffer_mib << 20) - uncounted, slots * block_bytes, 1)
     )

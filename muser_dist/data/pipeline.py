@@ -107,11 +107,16 @@ def plan_digest(reader: ChunkReader, steps: int) -> str:
     return digest
 
 
-def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.Dataset":
+def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) -> "ray.data.Dataset":
     """The chunks of all steps from `first_step` on, as a Ray Dataset that deals them in order.
 
     Reading and decoding are one task. One chunk is one row and one block; split with the
     options of muser_dist/data/executor.py, block i goes to split i mod W.
+
+    Args:
+        reader: makes the chunks.
+        first_step, steps: first step, and the one after the last.
+        slots: chunks that are decoded at a time; more when nodes join.
     """
     import pyarrow as pa
     import ray
@@ -120,7 +125,6 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
     from muser_dist.data.executor import TaskNumbers, set_context
 
     first, last = first_step * reader.slots_per_step, steps * reader.slots_per_step
-    slots = max(1, int(ray.cluster_resources().get("CPU", 1)))  # at most: those of the workers are among them
     # Chunks are dealt in order, so those of later tasks wait for all of the first: they must fit into the buffer.
     fitting = (reader.data.buffer_mib << 20) // (2 * slots * reader.chunk_bytes)
     at_once = max(1, min(ROWS_PER_TASK // reader.chunk, fitting))
@@ -150,6 +154,5 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int) -> "ray.data.D
 
     set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
-    # As many as find a CPU; more when nodes join.
     pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=slots, max_tasks_in_flight_per_actor=2)
     return TaskNumbers(tasks, slots).dataset().map_batches(Read, batch_size=None, num_cpus=1, compute=pool)

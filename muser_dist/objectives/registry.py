@@ -35,7 +35,9 @@ def check_objective(config: RunConfig) -> None:
         ConfigError: as `load_objective`, and what the objective itself says.
     """
     pairs, two = len(config.objective.pairs), torch.arange(2)
-    features = {name: torch.eye(2, config.model.projection_dim) for name in config.model.towers()}
+    features: dict[str, torch.Tensor] = {
+        name: torch.eye(2, config.model.projection_dim) for name in config.model.towers()
+    }
     bias = None if config.objective.bias is None else torch.full((pairs,), config.objective.bias)
     batch = Batch({name: torch.ones(2, dtype=torch.bool) for name in features}, two, two, two)
     try:

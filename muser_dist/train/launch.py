@@ -167,14 +167,14 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
 
     def remaining() -> ray.data.Dataset:
         """All chunks after the last checkpoint; called anew whenever workers start."""
-        return ray_dataset(reader, committed_step(config), config.train.steps)
+        return ray_dataset(reader, committed_step(config), config.train.steps, slots)
 
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
         datasets={"train": remaining},
         dataset_config=ray.train.DataConfig(
-            execution_options=execution_options(config.data.buffer_mib, reader.chunk_bytes, slots)
+            execution_options=execution_options(config.data.buffer_mib, reader.chunk_bytes, slots, config.train.workers)
         ),
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(

@@ -40,8 +40,8 @@ def main(pattern: str, result: str) -> None:
     reader = reader_of(config, pattern)
     planned = pipeline.plan_digest(reader, config.train.steps)
     reader.__class__ = Telling
-    dataset = pipeline.ray_dataset(reader, 0, config.train.steps)
-    dataset.context.execution_options = execution_options(16, reader.chunk_bytes, 2)
+    dataset = pipeline.ray_dataset(reader, 0, config.train.steps, slots=2)
+    dataset.context.execution_options = execution_options(16, reader.chunk_bytes, 2, 1)
     (shard,) = dataset.streaming_split(1, equal=True)
     digest, decoded_by, died_after = "", [], None
     for block in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):

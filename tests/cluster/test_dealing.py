@@ -32,8 +32,8 @@ def config(workers: int):
 
 def delivered(reader: ChunkReader, workers: int, first_step: int = 0, steps: int = STEPS) -> list[dict]:
     """The chunks in order, as so many workers were dealt them; each its own."""
-    dataset = ray_dataset(reader, first_step, steps)
-    dataset.context.execution_options = execution_options(512, reader.chunk_bytes, 2)
+    dataset = ray_dataset(reader, first_step, steps, slots=2)
+    dataset.context.execution_options = execution_options(512, reader.chunk_bytes, 2, workers)
     chunks, errors = [], []
 
     def consume(rank: int, shard) -> None:

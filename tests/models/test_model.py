@@ -109,8 +109,10 @@ def test_bf16_is_used_in_training_and_features_stay_float32():
 
 
 def logit_scale(pairs: int = 1, bias: float | None = None, **temperature) -> LogitScale:
-    pair = PairConfig("audio", "text")
-    return LogitScale(ObjectiveConfig(pairs=(pair,) * pairs, bias=bias, temperature=TemperatureConfig(**temperature)))
+    named = [PairConfig(*names) for names in (("audio", "text"), ("spectrogram", "text"), ("audio", "spectrogram"))]
+    name = "contrastive" if bias is None else "sigmoid"
+    temperatures = TemperatureConfig(**temperature)
+    return LogitScale(ObjectiveConfig(name, pairs=tuple(named[:pairs]), bias=bias, temperature=temperatures))
 
 
 def test_temperatures_and_biases():
@@ -134,6 +136,10 @@ def test_a_temperature_beyond_its_bound_can_come_back():
     (inward,) = torch.autograd.grad(logits()["scale"].sum(), logits.parameters())
     assert outward.item() == 0.0
     assert inward.item() == pytest.approx(100.0)
+    # Shared, the sum of what the pairs ask decides.
+    shared = logit_scale(2, init=0.01, minimum=0.01, shared=True)
+    (together,) = torch.autograd.grad(shared()["scale"] @ torch.tensor([-5.0, 1.0]), shared.parameters())
+    assert together.item() == 0.0
 
 
 def test_masked_mean():
