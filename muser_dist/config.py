@@ -293,10 +293,11 @@ OPERATIONAL = frozenset(
         "train.cpus_per_worker",
         "train.keep_checkpoints",
         "train.max_failures",
+        "train.cache_gradients",
         "objective.gather_mib",
     }
 )
-"""Settings that do not change what a run computes: they may differ when it goes on."""
+"""Settings that do not change what a run computes, rounding aside: they may differ when it goes on."""
 
 _ADAPTER = TypeAdapter(RunConfig)
 

@@ -14,7 +14,7 @@ from muser_dist.objectives.registry import load_objective
 from muser_dist.train.engine import DeepSpeedEngine, Engine, PlainEngine
 from muser_dist.train.optimizer import lr_factor
 from muser_dist.train.step import train_step
-from tests.distributed.cells import OBJECTIVES, on_device
+from tests.distributed.engine_cells import OBJECTIVES, on_device
 from tests.distributed.workers import run_workers
 from tests.small import small_config
 

@@ -10,7 +10,7 @@ from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.train.engine import DeepSpeedEngine, PlainEngine
 from muser_dist.train.step import train_step
-from tests.distributed.cells import config_for, global_chunks, on_device
+from tests.distributed.engine_cells import config_for, global_chunks, on_device
 from tests.distributed.workers import run_workers
 
 CPU = torch.device("cpu")

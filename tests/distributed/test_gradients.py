@@ -10,17 +10,16 @@ from muser_dist.objectives.batch import global_metrics
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.engine import PlainEngine
 from muser_dist.train.step import train_step
-from tests.distributed.cells import (
+from tests.distributed.engine_cells import (
     OBJECTIVES,
-    TOLERANCE,
     Recording,
     config_for,
     engine_results,
-    errors,
     expected,
     global_chunks,
     on_device,
 )
+from tests.distributed.loss_cells import TOLERANCE, errors
 
 # bfloat16 has 8 bits: 0.4 % in each product of a tower. These bound the whole gradient after 16 chunks; the loss and
 # the sums over chunks are float32, so more chunks make it no worse.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.cells import TOLERANCE, loss_errors
+from tests.distributed.loss_cells import TOLERANCE, loss_errors
 from tests.objectives.cases import LOSSES
 
 
