@@ -182,7 +182,7 @@ def plan(setting: dict[str, Any], sizes: list[int], rows_per_shard: int, repeats
     from muser_dist.data.shards import ShardIndex
 
     place = Setting(**setting)
-    start_ray(place)
+    start_ray(place, place.cores)
     config = training_config(place)
     seen: dict[int, dict[str, list[float]]] = {size: defaultdict(list) for size in sizes}
     with tempfile.TemporaryDirectory() as folder:
