@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from muser_dist.objectives import tiles
+from muser_dist.objectives.blocks import Block, Similarities
 from muser_dist.objectives.collectives import exchange, gather, pass_on, world
 from muser_dist.objectives.statistics import Rows, Statistic
 from muser_dist.objectives.targets import Matches
-from muser_dist.objectives.tiles import Block, Similarities
 
 
 @dataclass(frozen=True)

@@ -4,55 +4,13 @@ Two products make a gradient out of a tile's own one; nothing of a tile is kept.
 every device can do, and CPUs do; on GPUs `tiles_cuda.FusedTiles` takes its place.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from muser_dist.objectives.statistics import Rows, Statistic
-from muser_dist.objectives.targets import Matches
-
-
-@dataclass(frozen=True)
-class Similarities:
-    """The logits of one pair of modalities: scale · <x_i, y_j> + bias.
-
-    Attributes:
-        scale, bias: numbers; None where there is no bias.
-        matches: of all N rows.
-        statistic: what is wanted of them.
-    """
-
-    scale: float
-    bias: float | None
-    matches: Matches
-    statistic: Statistic
-
-
-@dataclass(frozen=True)
-class Block:
-    """Features (n, D) of consecutive rows of the global batch, zero where the pair is not valid, and the first's place.
-
-    They may be bfloat16: products of those are exact in float32.
-    """
-
-    features: Tensor
-    first: int
-
-    def places(self, part: slice) -> slice:
-        """Where rows of the block stand in the global batch."""
-        return slice(self.first + part.start, self.first + part.stop)
-
-    def parts(self, size: int) -> Iterator[slice]:
-        """Its rows, so many at a time."""
-        for start in range(0, len(self.features), size):
-            yield slice(start, min(start + size, len(self.features)))
-
-    def largest(self) -> float:
-        """The largest norm of a row."""
-        return float(torch.linalg.vector_norm(wide(self.features), dim=1).max())
+from muser_dist.objectives.blocks import Block, Similarities, wide
+from muser_dist.objectives.statistics import Rows
 
 
 class Tiles(Protocol):
@@ -160,8 +118,3 @@ def _add_product(into: Tensor, g: Tensor, features: Tensor, scale: float) -> Non
         into.add_(torch.mm(g, features, out_dtype=into.dtype), alpha=scale)
     else:
         into.addmm_(wide(g), wide(features), alpha=scale)
-
-
-def wide(features: Tensor) -> Tensor:
-    """In the precision of products: bfloat16 becomes float32."""
-    return features.float() if features.dtype == torch.bfloat16 else features

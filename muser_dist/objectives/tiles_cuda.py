@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muser_dist.objectives.blocks import Block, Similarities
 from muser_dist.objectives.statistics import LOWEST, LogSumExp, Rows, SoftplusSum, Statistic
-from muser_dist.objectives.tiles import Block, Similarities
 
 PIECE = 128
 DEPTHS = {torch.bfloat16: 64, torch.float32: 16}

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from muser_dist.objectives import tiles, tiles_cuda
+from muser_dist.objectives.blocks import Block, Similarities
 from muser_dist.objectives.statistics import LogSumExp, Rows, SoftplusSum
 from muser_dist.objectives.targets import Matches
-from muser_dist.objectives.tiles import Block, Similarities, TorchTiles
+from muser_dist.objectives.tiles import TorchTiles
 
 STATISTICS = {"softmax": LogSumExp(), "decoupled": LogSumExp(decoupled=True), "sigmoid": SoftplusSum()}
 N, M, D = 70, 45, 40  # neither fills its pieces

@@ -95,6 +95,24 @@ def test_loss_minus_entropy_is_zero_when_perfect():
     assert loss.metrics["loss_minus_entropy"].item() == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", IN_DOUBLE)
+def test_the_metrics_of_pairs_and_dimensions_make_up_the_loss(name):
+    case = Case(name, 9, seed=6)
+    features, logits, batch = case.part(EVERYTHING, torch.float64)
+    loss = load_objective(case.config)(features, logits, batch, case.config)
+    pairs = case.config.pairs
+    shares = {
+        "muser_poster": [pair.weight for pair in pairs],
+        "muser_code": [2 / math.factorial(len(pairs))] * len(pairs),
+    }.get(case.config.name, [pair.weight / sum(p.weight for p in pairs) for pair in pairs])
+    names = [f"loss/{pair.first}-{pair.second}" for pair in pairs]
+    together = sum(share * loss.metrics[name].item() for share, name in zip(shares, names, strict=True))
+    assert together == pytest.approx(loss.share.item()) == loss.metrics["loss"].item()
+    for name in names if case.config.dims else []:
+        of_dims = [loss.metrics[f"{name}@{dim}"].item() for dim in case.config.dims]
+        assert sum(of_dims) / len(of_dims) == pytest.approx(loss.metrics[name].item())
+
+
 def test_equal_pairs_give_a_loss_that_does_not_depend_on_their_number():
     case = Case("InfoNCE, same text", 6, seed=1)
     features, _, batch = case.part(EVERYTHING, torch.float64)
