@@ -12,7 +12,6 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     ConcurrencyCapBackpressurePolicy,
-    DownstreamCapacityBackpressurePolicy,
     ResourceBudgetBackpressurePolicy,
 )
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
@@ -69,8 +68,8 @@ class TaskNumbers(Datasource):
             )
 
 
-class _PausesWhenFull:
-    """Waits a moment before it says that no output may be read.
+class PausingResourceBudget(ResourceBudgetBackpressurePolicy):
+    """Ray's limit by memory, which waits a moment before it says that no output may be read.
 
     When decoding is ahead of the trainers, tasks have blocks ready that nobody may take yet. Ray
     2.60's scheduler then asks again at once and burns half a core, which on a machine that also
@@ -78,14 +77,10 @@ class _PausesWhenFull:
     """
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        limit = super().max_task_output_bytes_to_read(op)  # type: ignore[misc]
+        limit = super().max_task_output_bytes_to_read(op)
         if limit == 0:
             time.sleep(_PAUSE_SECONDS)
         return limit
-
-
-class PausingResourceBudget(_PausesWhenFull, ResourceBudgetBackpressurePolicy):
-    """Ray's limit by memory, pausing."""
 
 
 class NumbersOnDemand(BackpressurePolicy):
@@ -105,10 +100,6 @@ class NumbersOnDemand(BackpressurePolicy):
         return all(self._topology[after].total_enqueued_input_blocks() < self._left for after in op.output_dependencies)
 
 
-class PausingDownstreamCapacity(_PausesWhenFull, DownstreamCapacityBackpressurePolicy):
-    """Ray's limit by what later operators can take, pausing."""
-
-
 def set_context(slots: int) -> None:
     """Sets this process's DataContext, which datasets made afterwards take along.
 
@@ -123,9 +114,11 @@ def set_context(slots: int) -> None:
     # A slot that is idle because the trainers are slower keeps its open shards and its decoder.
     context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
+    # Without Ray's limit by what consumers can take: it stops reading from all tasks alike, and when a node has died,
+    # from the one that makes the lost blocks again, for which all others wait.
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, PausingDownstreamCapacity, NumbersOnDemand],
+        [ConcurrencyCapBackpressurePolicy, PausingResourceBudget, NumbersOnDemand],
     )
 
 
