@@ -1,4 +1,4 @@
-"""MUSER's losses where they differ from symmetric InfoNCE (Chen et al. 2022; seed of this project).
+"""The losses of MUSER (Chen et al. 2022), after which this project is named, where they differ from symmetric InfoNCE.
 
 Its paper, its Algorithm 1 and its released code disagree. Algorithm 1 is `contrastive` with
 targets "instance" and one shared temperature: its label Y_i is the row's index.

@@ -3,6 +3,7 @@
 With several chunks the activations of one are kept at a time (GradCache, Gao et al. 2021): all are
 encoded without graph, the loss gives the gradient with respect to their embeddings, and each is
 encoded once more, with the same random numbers, to take that gradient back to the parameters.
+Without train.cache_gradients the activations of all chunks are kept, and each is encoded once.
 """
 
 from collections.abc import Callable
