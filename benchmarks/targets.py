@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, targets: str, seed: int) -> dict[str, Any]:
         false_negatives.append(float(np.mean([(ids == i).sum() - 1 for i in ids if i >= 0])))
         mine = [to_device(chunk, tuple(config.model.towers()), device) for chunk in chunks]
         factor = lr_factor((step + 1) * config.train.global_batch, config.train)
-        loss, _ = train_step(engine, objective, config, mine, factor)
+        loss, *_ = train_step(engine, objective, config, mine, factor)
         losses.append({name: value.item() for name, value in loss.metrics.items()})
         if step % 10 == 9:
             print(f"{targets}, seed {seed}, step {step + 1}: {losses[-1]}", file=sys.stderr, flush=True)

@@ -1,21 +1,27 @@
-"""Pretrain a recipe: `python jobs/pretrain.py RECIPE [--field value ...] [--digest]`.
+"""Pretrain a recipe: `python jobs/pretrain.py RECIPE [--field value ...] [--dry-run | --digest]`.
 
-With --digest it only prints a SHA-256 over (step, chunk, key, crop) of all rows that such a run
-is dealt, and that of the rows that the run of this name has delivered so far.
+With --dry-run it prints what the run would do and need: steps, memory per worker, CPUs for decoding,
+disk. With --digest it only prints a SHA-256 over (step, chunk, key, crop) of all rows that such a
+run is dealt, and that of the rows that the run of this name has delivered so far.
 """
 
 from muser_dist.cli import main, parse_run
 
+FLAGS = ("--dry-run", "--digest")
+
 
 def job(arguments: list[str]) -> None:
-    digest = "--digest" in arguments
-    config = parse_run([argument for argument in arguments if argument != "--digest"], "jobs/pretrain.py")
+    config = parse_run([argument for argument in arguments if argument not in FLAGS], "jobs/pretrain.py")
     from muser_dist.train.launch import pretrain, print_digest  # after the options: importing torch takes seconds
 
-    if digest:
+    if "--dry-run" in arguments:
+        from muser_dist.train.dry_run import dry_run
+
+        print(dry_run(config))
+    elif "--digest" in arguments:
         print_digest(config)
-        return
-    pretrain(config, ["python", "jobs/pretrain.py", *arguments])
+    else:
+        pretrain(config, ["python", "jobs/pretrain.py", *arguments])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
         registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
         description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped. "
-        "With --digest it only prints a SHA-256 over (step, chunk, key, crop) of all rows that such a run is dealt.",
+        "With --dry-run it prints what the run would do and need, with --digest a SHA-256 over (step, chunk, key, "
+        "crop) of all rows that it is dealt; both train nothing.",
     )
     return config.named(recipe)

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from muser_dist.data.config import DataConfig, Strict
 from muser_dist.errors import ConfigError, require
+from muser_dist.train.config import TrainConfig
 
 Modality = Literal["audio", "spectrogram", "text"]
 MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "text")
@@ -135,80 +136,6 @@ class ObjectiveConfig(Strict):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Strict):
-    workers: int = 2
-    """Ray Train workers (W). The learning curve does not depend on it."""
-    gpu: bool = False
-    """One GPU for each worker (nccl); without, CPU (gloo)."""
-    cpus_per_worker: float = 1.0
-    """Logical CPUs that each worker reserves."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: 0 shares nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the towers under autocast; parameters, gradients and the loss stay float32."""
-    samples: int = 32_768
-    """Length of training in samples, all passes over the data together."""
-    global_batch: int = 128
-    """Rows in one optimizer step over all workers (N); every row is a negative for every other."""
-    chunk: int = 32
-    """Rows that are dealt and encoded at a time (c); must divide global_batch."""
-    cache_gradients: bool = True
-    """Encodes chunks twice, so that memory holds the activations of one chunk however many a step has (GradCache).
-    Off, it holds those of all of a worker's chunks, and towers run forward once in place of twice. The result is the
-    same, and so is the time where each worker has one chunk."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    warmup_samples: int = 4_096
-    """Samples of linear warm-up; a half cosine to zero follows."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay; none on temperatures, biases and norms."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's decay rates of the first and second moment."""
-    clip_norm: float = 1.0
-    """Gradient norm over all parameters that steps are clipped to; 0 means no clipping."""
-    checkpoint_samples: int = 8_192
-    """Samples between checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints stay on disk."""
-    log_steps: int = 10
-    """Optimizer steps between lines of metrics.jsonl."""
-    max_failures: int = 3
-    """How often the run goes on from its last checkpoint after workers died."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.samples // self.global_batch
-
-    @property
-    def chunks_per_step(self) -> int:
-        """Chunks in a global batch (K)."""
-        return self.global_batch // self.chunk
-
-    @property
-    def chunks_per_worker(self) -> int:
-        """Forward passes of each worker in a step; the last may be on all-masked chunks."""
-        return -(-self.chunks_per_step // self.workers)
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 1, "train.workers must be at least 1")
-        require(self.chunk >= 1, "train.chunk must be at least 1")
-        require(
-            self.global_batch >= 2 and self.global_batch % self.chunk == 0,
-            f"train.global_batch ({self.global_batch}) must be a multiple of train.chunk ({self.chunk}); "
-            f"nearest: {max(1, round(self.global_batch / self.chunk)) * self.chunk}",
-        )
-        require(
-            self.samples >= self.global_batch,
-            f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
-        )
-        for name in ("lr", "cpus_per_worker", "checkpoint_samples", "log_steps", "keep_checkpoints"):
-            require(getattr(self, name) > 0, f"train.{name} must be positive")
-        for name in ("weight_decay", "clip_norm", "warmup_samples", "max_failures"):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative")
-
-
-@dataclass(frozen=True)
 class EvaluateConfig(Strict):
     fields: tuple[str, ...] = ()
     """Metadata fields for zero-shot classification through the templates; those that the
@@ -235,7 +162,7 @@ class RunConfig(Strict):
     """Shards and what becomes of a clip."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the towers are trained for."""
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = field(default_factory=TrainConfig)
     """Workers, batch, optimizer, checkpoints."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What the trained model is scored on."""
@@ -290,9 +217,17 @@ OPERATIONAL = frozenset(
         "data.decode_slots",
         "data.buffer_mib",
         "data.max_bad_share",
+        "train.workers",
         "train.cpus_per_worker",
+        "train.resource",
+        "train.checkpoint_storage",
+        "train.checkpoint_samples",
+        "train.checkpoint_patience",
         "train.keep_checkpoints",
         "train.max_failures",
+        "train.hang_seconds",
+        "train.offload",
+        "train.zero_stage",
         "train.cache_gradients",
         "objective.gather_mib",
     }

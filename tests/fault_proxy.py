@@ -1,7 +1,7 @@
-"""An HTTP proxy on the loopback interface that breaks the reading of objects on a schedule.
+"""An HTTP proxy on the loopback interface that breaks the reading and writing of objects on a schedule.
 
-It stands before one object store and passes GET and HEAD on. Only successful answers about
-objects are broken, not listings: a test uploads past the proxy and reads through it.
+It stands before one object store and passes requests on. Of what is read, only successful answers
+about objects are broken, not listings. A write that meets a fault is refused, and never gets there.
 """
 
 import http.client
@@ -166,6 +166,30 @@ class _Handler(BaseHTTPRequestHandler):
             self._break(fault.kind)
 
     do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        if self.server.next_fault(self.command, path, body) is not None:
+            self._send_head(503, {"Content-Type": "application/xml", "Content-Length": str(len(SLOW_DOWN))})
+            self.wfile.write(SLOW_DOWN)
+            return
+        origin = http.client.HTTPConnection(*self.server.origin)
+        try:
+            origin.request(self.command, self.path, body, dict(self.headers))
+            answer = origin.getresponse()
+            answered = answer.read()
+        finally:
+            origin.close()
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        for hop in ("connection", "transfer-encoding"):
+            headers.pop(hop, None)
+        if answer.status != 204:
+            headers["content-length"] = str(len(answered))
+        self._send_head(answer.status, headers)
+        self.wfile.write(answered)
+
+    do_POST = do_DELETE = do_PUT
 
     def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response_only(status)

@@ -70,4 +70,4 @@ def index_of(pattern: str, storage: Storage = LOCAL) -> ShardIndex:
 def reader_of(config: RunConfig, pattern: str, storage: Storage = LOCAL) -> ChunkReader:
     """The training reader of a config whose only source are these shards."""
     config = replace(config, data=replace(config.data, train=(pattern,)))
-    return training_reader(config, [index_of(pattern, storage)], storage)
+    return training_reader(config, [index_of(pattern, storage)], storage).for_workers(config.train.worker_range[0])

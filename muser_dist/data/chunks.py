@@ -26,6 +26,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     seconds          float64 ()      time that reading and decoding took
 """
 
+import copy
 import hashlib
 import json
 import time
@@ -103,8 +104,7 @@ class ChunkReader:
         data: how clips and texts are treated.
         model: its modalities; each gets its valid flag.
         chunk: rows in a chunk (c).
-        chunks_per_step: chunks in a global batch (K).
-        slots_per_step: K padded to a multiple of the number of workers.
+        chunks_per_step: chunks in a global batch (K); `for_workers` pads them.
         val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
     """
 
@@ -117,7 +117,6 @@ class ChunkReader:
         model: ModelConfig,
         chunk: int,
         chunks_per_step: int,
-        slots_per_step: int,
         val_ids: np.ndarray,
     ) -> None:
         self.rows = rows
@@ -128,13 +127,19 @@ class ChunkReader:
         self.modalities = tuple(model.towers())
         self.chunk = chunk
         self.chunks_per_step = chunks_per_step
-        self.slots_per_step = slots_per_step
+        self.slots_per_step = chunks_per_step
         self.val_ids = val_ids
 
     @property
     def chunk_bytes(self) -> int:
         """About the size of a chunk: that of its waveforms, which spectrograms in their place do not reach."""
         return 2 * self.chunk * self.data.crop_samples
+
+    def for_workers(self, workers: int) -> "ChunkReader":
+        """The same chunks, for so many workers: with steps padded to a multiple of them."""
+        reader = copy.copy(self)
+        reader.slots_per_step = -(-self.chunks_per_step // workers) * workers
+        return reader
 
     def outline(self, slot: int) -> Outline:
         """The chunk of a slot, found without decoding; slots count over the run, padding included."""

@@ -33,7 +33,7 @@ ROWS_PER_TASK = 256
 def training_reader(
     config: RunConfig, indices: Sequence[ShardIndex], storage: Storage, val_ids: np.ndarray | None = None
 ) -> ChunkReader:
-    """The reader of a training run's chunks.
+    """The reader of a training run's chunks, for one worker; its `for_workers` gives those for more.
 
     Args:
         config: the run.
@@ -44,7 +44,7 @@ def training_reader(
     Raises:
         ConfigError: a source's share of a global batch is less than a row.
     """
-    data, workers, k = config.data, config.train.workers, config.train.chunks_per_step
+    data = config.data
     sources = data.training_sources()
     plan = Plan(
         [index.rows for index in indices],
@@ -61,8 +61,7 @@ def training_reader(
         data,
         config.model,
         chunk=config.train.chunk,
-        chunks_per_step=k,
-        slots_per_step=-(-k // workers) * workers,
+        chunks_per_step=config.train.chunks_per_step,
         val_ids=np.zeros(0, np.int64) if val_ids is None else val_ids,
     )
 
@@ -75,7 +74,7 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage) ->
     data = replace(config.data, spectrogram_on="device")
     source = SourceConfig("val", config.data.val)
     nothing = np.zeros(0, np.int64)
-    reader = ChunkReader(RowReader(index, storage), plan, [source], data, config.model, size, 1, 1, nothing)
+    reader = ChunkReader(RowReader(index, storage), plan, [source], data, config.model, size, 1, nothing)
     yield from reader.read(range(-(-min(plan.total, config.evaluate.rows) // size)))
 
 

@@ -160,7 +160,7 @@ class Storage:
                 return set()
         if folder.startswith(("http://", "https://")):
             return None
-        fs, path = self._filesystem(folder, setting)
+        fs, path = self.filesystem(folder, setting)
         try:
             found = self._patiently(partial(self._call, fs, "ls", path, detail=False))
         except FileNotFoundError:
@@ -172,7 +172,7 @@ class Storage:
     def _glob(self, url: str, setting: str) -> list[str]:
         if "://" not in url:
             return [match for match in glob.glob(url) if Path(match).is_file()]
-        fs, path = self._filesystem(url, setting)
+        fs, path = self.filesystem(url, setting)
         try:
             return [fs.unstrip_protocol(match) for match in self._patiently(partial(self._call, fs, "glob", path))]
         except PermissionError as error:
@@ -187,7 +187,7 @@ class Storage:
                 return Path(url).read_bytes()
             except OSError:
                 return None
-        fs, path = self._filesystem(url, url)
+        fs, path = self.filesystem(url, url)
         try:
             return self._patiently(partial(self._call, fs, "cat_file", path))
         except _PERMANENT:
@@ -209,7 +209,7 @@ class Storage:
     def _copy(self, url: str) -> Path:
         """The local copy of a remote shard."""
         try:
-            fs, path = self._filesystem(url, url)
+            fs, path = self.filesystem(url, url)
             info = self._patiently(partial(self._call, fs, "info", path))
             size = info.get("size")
             if size is None:
@@ -267,7 +267,12 @@ class Storage:
             file.unlink(missing_ok=True)  # who reads it just now goes on reading
             total -= length
 
-    def _filesystem(self, url: str, setting: str) -> tuple[Any, str]:
+    def filesystem(self, url: str, setting: str) -> tuple[Any, str]:
+        """fsspec's file system of a URL, and the path in it.
+
+        Raises:
+            DataError: there is none for its protocol.
+        """
         protocol = url.partition("://")[0]
         options = self._options.get(protocol, {})
         try:

@@ -5,18 +5,20 @@ DeepSpeed averages gradients over ranks, so the engine multiplies by their numbe
 nowhere else.
 """
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from muser_dist.config import RunConfig
 from muser_dist.models.model import MultimodalModel
-from muser_dist.objectives.collectives import world
-from muser_dist.train.optimizer import parameter_groups
+from muser_dist.objectives.collectives import sum_over_ranks, world
+from muser_dist.train.average import AVERAGE, optimizer_of
 
 
 class Engine(Protocol):
@@ -39,7 +41,10 @@ class Engine(Protocol):
         ...
 
     def step(self, lr_factor: float) -> None:
-        """Clips, updates the parameters with that share of the peak learning rates, clears gradients."""
+        """Clips, updates the parameters with that share of the peak learning rates, clears gradients.
+
+        Where the gradient is not finite, no parameter changes on any rank, and `grad_norm` is not finite.
+        """
         ...
 
     def grad_norm(self) -> float:
@@ -51,6 +56,30 @@ class Engine(Protocol):
         ...
 
 
+WEIGHT, BUFFER = "weight", "buffer"
+"""Names of states in a checkpoint, beside those of the optimizer."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a parameter that this rank's optimizer updates.
+
+    Attributes:
+        name: of the parameter.
+        start: the piece's first element in the flattened parameter.
+        owner: the tensor that the optimizer knows, which may hold many pieces.
+        offset, length: where the piece lies in it.
+        stored: whether this rank writes it into checkpoints; one of those that hold it does.
+    """
+
+    name: str
+    start: int
+    owner: Tensor
+    offset: int
+    length: int
+    stored: bool
+
+
 class PlainEngine:
     """One process and plain torch: for debugging, benchmarks without Ray or DeepSpeed, and as the oracle."""
 
@@ -58,7 +87,7 @@ class PlainEngine:
         self.device = device
         self.model = model.to(device).train()
         self._clip_norm = config.train.clip_norm or float("inf")
-        self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=config.train.betas)
+        self._optimizer = optimizer_of(model, config)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._grad_norm = 0.0
 
@@ -72,7 +101,8 @@ class PlainEngine:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * lr_factor
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
-        self._optimizer.step()
+        if math.isfinite(self._grad_norm):
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     def grad_norm(self) -> float:
@@ -95,7 +125,7 @@ class DeepSpeedEngine:
         train = config.train
         self.device = device
         self.model = model
-        self._optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=train.betas)
+        self._optimizer = optimizer_of(model, config)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         self._grad_norm = 0.0
         self._one_reduction: ExitStack | None = None
@@ -104,18 +134,27 @@ class DeepSpeedEngine:
             optimizer=self._optimizer,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": train.chunk * train.chunks_per_worker,
+                "train_micro_batch_size_per_gpu": train.chunk * train.chunks_per_worker(world()[1]),
                 "gradient_accumulation_steps": 1,
                 # Said even when it is off: DeepSpeed clips to norm 1 by default.
                 "gradient_clipping": train.clip_norm,
                 "zero_allow_untested_optimizer": True,  # torch's AdamW: the same update on every device
+                "zero_force_ds_cpu_optimizer": False,  # with train.offload too
                 "zero_optimization": {
                     "stage": train.zero_stage,
                     "reduce_bucket_size": 50_000_000,
                     "allgather_bucket_size": 50_000_000,
-                },
+                }
+                | ({"offload_optimizer": {"device": "cpu", "pin_memory": train.gpu}} if train.offload else {}),
             },
         )
+        zero = self.deepspeed.optimizer
+        owners = {
+            0: [p for p in model.parameters() if p.requires_grad],
+            3: getattr(zero, "fp32_partitioned_groups_flat", None),
+        }.get(train.zero_stage, getattr(zero, "single_partition_of_fp32_groups", None))
+        for owner in owners or ():
+            self._optimizer.prepare(owner)
 
     def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
         return self.deepspeed(batch, moment)
@@ -141,6 +180,9 @@ class DeepSpeedEngine:
         if self.deepspeed.zero_optimization_stage() == 0:  # there DeepSpeed does not tell it
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self._grad_norm):  # the other stages look at it themselves
+                self.deepspeed.zero_grad()
+                return
         self.deepspeed.step()
         if self.deepspeed.zero_optimization_stage() > 0:
             self._grad_norm = float(self.deepspeed.get_global_grad_norm())
@@ -152,32 +194,111 @@ class DeepSpeedEngine:
         import deepspeed
 
         model, rank = self.deepspeed.module, world()[0]
-        if self.deepspeed.zero_optimization_stage() < 3:
-            return (
-                {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-                if rank == 0
-                else {}
-            )
-        weights = {}
-        for name, module in model.named_modules():
-            own = list(module.parameters(recurse=False))
-            with deepspeed.zero.GatheredParameters(own):  # one module at a time bounds the memory
-                if rank == 0:
-                    prefix = f"{name}." if name else ""
-                    keep = {k for k, _ in module.named_parameters(recurse=False)}
-                    keep |= {k for k, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-                    weights.update({prefix + k: getattr(module, k).detach().to("cpu", copy=True) for k in keep})
-        return weights
+        whole = self._whole(WEIGHT if self._optimizer.average_decay is None else AVERAGE)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    if rank == 0:
+                        whole[name] = parameter.detach().to("cpu", copy=True)
+        if rank > 0:
+            return {}
+        return {
+            name: whole[names[id(value)]] if id(value) in names else value.to("cpu", copy=True)
+            for name, value in model.state_dict(keep_vars=True).items()
+        }
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part of model and optimizer; every rank calls it, each with a folder of its own."""
-        self.deepspeed.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+    # --- Checkpoints ---
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, all ranks' parts merged into one folder, at the same number of ranks.
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy on the CPU of what this rank has to write down, so that all ranks together write everything once.
 
-        DeepSpeed unpickles its files: give only checkpoints out of the run's own storage.
+        Returns:
+            flat tensors by "state/parameter@start": `start` is the piece's first element in the flattened parameter.
+            The pieces do not depend on how ranks share them, so any number of ranks at any stage can `restore` them.
         """
-        loaded: Any = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")[0]
-        if loaded is None:
-            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+        pieces = {
+            f"{state}/{piece.name}@{piece.start}": values.to("cpu", copy=True)
+            for piece in self._fragments()
+            if piece.stored
+            for state, values in self._states(piece)
+        }
+        if world()[0] == 0:
+            pieces |= {f"{BUFFER}/{name}@0": value.flatten().to("cpu", copy=True) for name, value in self._buffers()}
+        return pieces
+
+    def restore(self, read: Callable[[str, str, int, int], Tensor], step: int) -> None:
+        """Puts a checkpoint in place of model and optimizer; all ranks call it.
+
+        Args:
+            read: gives the elements start <= e < stop of a state of a parameter, as (state, parameter, start, stop).
+            step: optimizer steps that were made.
+        """
+        for piece in self._fragments():
+            for state, values in self._states(piece):
+                values.copy_(read(state, piece.name, piece.start, piece.start + len(values)))
+            self._optimizer.state[piece.owner]["step"].fill_(step)
+        for name, value in self._buffers():
+            value.copy_(read(BUFFER, name, 0, value.numel()).view(value.shape))
+        stage = self.deepspeed.zero_optimization_stage()
+        trained = [(name, p) for name, p in self.deepspeed.module.named_parameters() if p.requires_grad]
+        if stage in (1, 2):  # whole weights are apart from the optimizer's
+            for name, parameter in trained:
+                parameter.data.copy_(read(WEIGHT, name, 0, parameter.numel()).view(parameter.shape))
+        elif stage == 3:
+            zero = self.deepspeed.optimizer
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:  # small ones, which every rank holds
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """What this rank's optimizer updates of each parameter; where it lies, DeepSpeed decides by stage."""
+        rank, ranks = world()
+        stage, zero = self.deepspeed.zero_optimization_stage(), self.deepspeed.optimizer
+        for number, (name, parameter) in enumerate(self.deepspeed.module.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            if stage == 0:
+                yield Fragment(name, 0, parameter, 0, parameter.numel(), number % ranks == rank)
+            elif stage < 3:
+                if (place := parameter._hp_mapping) is not None:
+                    owner = zero.single_partition_of_fp32_groups[place.param_group_index]
+                    here = place.hp_fragment_address
+                    yield Fragment(name, place.lp_fragment_address.start, owner, here.start, here.numel, True)
+            else:
+                group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                length = min(size, parameter.ds_numel - rank * size)  # the last ranks' may be padded
+                if length > 0:
+                    owner = zero.fp32_partitioned_groups_flat[group]
+                    yield Fragment(name, rank * size, owner, offset, length, True)
+
+    def _states(self, piece: Fragment) -> Iterator[tuple[str, Tensor]]:
+        """Views of a fragment's weights and of each of its optimizer states, (n,) float32."""
+        states = {WEIGHT: piece.owner.data} | self._optimizer.state[piece.owner]
+        for state, values in states.items():
+            if state != "step":
+                yield state, values.view(-1)[piece.offset : piece.offset + piece.length]
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self.deepspeed.module.named_modules():
+            for name, value in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+    def _whole(self, state: str) -> dict[str, Tensor]:
+        """A state of all trained parameters, put together from all ranks: on rank 0, and empty on the others."""
+        pieces = {piece.name: piece for piece in self._fragments() if piece.stored}
+        whole = {}
+        for name, parameter in self.deepspeed.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            values = torch.zeros(shape.numel(), device=self.device)
+            if (piece := pieces.get(name)) is not None:
+                values[piece.start : piece.start + piece.length] = dict(self._states(piece))[state]
+            values = sum_over_ranks(values)
+            if world()[0] == 0:
+                whole[name] = values.view(shape).cpu()
+        return whole

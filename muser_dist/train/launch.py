@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -16,10 +17,9 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 
-from muser_dist.config import RunConfig, to_dict
+from muser_dist.config import RunConfig, TrainConfig, to_dict
 from muser_dist.data.chunks import ChunkReader
-from muser_dist.data.executor import execution_options
-from muser_dist.data.pipeline import known_ids, plan_digest, ray_dataset, training_reader
+from muser_dist.data.pipeline import known_ids, plan_digest, training_reader
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ClusterError, DataError, MuserError
@@ -27,9 +27,8 @@ from muser_dist.evaluate.evaluator import describe, evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
-from muser_dist.train.checkpoint import committed_step
+from muser_dist.train.dealer import NOTHING, Dealer
 from muser_dist.train.loop import MODEL, STOPPED, train_worker
-from muser_dist.train.metrics import METRICS, last_line, live_line
 from muser_dist.train.preflight import (
     VAL,
     check_rows,
@@ -39,8 +38,13 @@ from muser_dist.train.preflight import (
     load_index,
     prepare_folder,
 )
+from muser_dist.train.runlog import METRICS, last_line, live_line
+from muser_dist.train.store import CheckpointStore
 
 EVALUATION = "evaluation.json"
+
+_RESIZE_SECONDS = 10.0
+"""How often a run with a range of workers looks whether there is room for more."""
 
 
 def print_digest(config: RunConfig) -> None:
@@ -106,7 +110,8 @@ def connect(config: RunConfig) -> None:
     Raises:
         ClusterError: they do not fit; nothing was started in vain.
     """
-    t, slots = config.train, config.data.decode_slots
+    t, slots, (least, most) = config.train, config.data.decode_slots, config.train.worker_range
+    os.environ |= {name: value for name, value in watchfulness(t).items() if name not in os.environ}
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
         quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}  # the live line says what matters
@@ -122,34 +127,53 @@ def connect(config: RunConfig) -> None:
             # cores must leave a slot to decode, or the job would wait for itself.
             ray.init(
                 "local",
-                num_cpus=int(-(-t.workers * t.cpus_per_worker // 1)) + slots,
+                num_cpus=math.ceil(most * t.cpus_per_worker) + slots,
+                resources={t.resource: most} if t.resource else None,
                 include_dashboard=False,  # nobody is told its address, and it takes time that training could have
                 **quiet,
             )
-            print(f"Started Ray on this machine: {t.workers} workers, {slots} decoding slots", flush=True)
+            print(f"Started Ray on this machine: {most} workers, {slots} decoding slots", flush=True)
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
-    needed = t.workers * t.cpus_per_worker
-    if t.gpu and gpus < t.workers:
+    needed = least * t.cpus_per_worker
+    if t.gpu and gpus < least:
         raise ClusterError(
             f"train.workers is {t.workers}, but the cluster has {gpus} GPUs; lower it, or drop --train.gpu"
         )
+    if t.resource and (there := int(have.get(t.resource, 0))) < least:
+        raise ClusterError(
+            f"train.workers is {t.workers}, but the cluster has {there} of the resource {t.resource!r} "
+            f"(train.resource); start nodes with --resources '{{\"{t.resource}\": N}}'"
+        )
     if needed > cpus:
         raise ClusterError(
-            f"{t.workers} workers reserve {needed:g} CPUs, but the cluster has {cpus:g}; give fewer --train.workers, a "
+            f"{least} workers reserve {needed:g} CPUs, but the cluster has {cpus:g}; give fewer --train.workers, a "
             f"smaller --train.cpus-per-worker, or more nodes (ray start --num-cpus N declares logical CPUs)"
         )
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    if sum(int(node // t.cpus_per_worker) for node in nodes) < t.workers:
+    if t.cpus_per_worker and sum(int(node // t.cpus_per_worker) for node in nodes) < least:
         raise ClusterError(
-            f"{t.workers} workers of {t.cpus_per_worker:g} CPUs do not fit on nodes of "
+            f"{least} workers of {t.cpus_per_worker:g} CPUs do not fit on nodes of "
             f"{', '.join(f'{node:g}' for node in nodes)} CPUs; lower --train.cpus-per-worker or --train.workers"
         )
     if needed + 1 > cpus:
         raise ClusterError(
-            f"{t.workers} workers reserve {needed:g} of the cluster's {cpus:g} CPUs, which leaves no slot to decode; "
+            f"{least} workers reserve {needed:g} of the cluster's {cpus:g} CPUs, which leaves no slot to decode; "
             f"start Ray with --num-cpus {int(needed) + slots} or more, or lower --train.cpus-per-worker"
         )
+
+
+def watchfulness(train: TrainConfig) -> dict[str, str]:
+    """Ray Train's settings, as environment variables, by which it finds dead and hung workers and missing nodes."""
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        # Later than the other workers notice: they can say more.
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * train.hang_seconds + 30:g}",
+        # Until then a node that has just died counts as there (Ray looks every 20 s), and workers wait for it.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+        # Shutting down waits so long for processes that do not answer.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
 
 
 def train(config: RunConfig, reader: ChunkReader) -> None:
@@ -159,34 +183,32 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
         MuserError: training stopped for good.
     """
     connect(config)
-    slots = int(ray.cluster_resources()["CPU"] - config.train.workers * config.train.cpus_per_worker)
     stopped = config.folder / STOPPED
     stopped.unlink(missing_ok=True)
-    if step := committed_step(config):
+    store = CheckpointStore(config, Storage.of(config.data))
+    if step := max(store.steps(), default=0):
         print(f"Going on from the checkpoint at step {step:,}", flush=True)
-
-    def remaining() -> ray.data.Dataset:
-        """All chunks after the last checkpoint; called anew whenever workers start."""
-        return ray_dataset(reader, committed_step(config), config.train.steps, slots)
-
+    least, most = config.train.worker_range
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
-        datasets={"train": remaining},
-        dataset_config=ray.train.DataConfig(
-            execution_options=execution_options(config.data.buffer_mib, reader.chunk_bytes, slots, config.train.workers)
+        datasets=NOTHING,
+        dataset_config=Dealer(config, reader),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo", timeout_s=math.ceil(config.train.hang_seconds)
         ),
-        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train V1
+            num_workers=least if least == most else (least, most),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.train.gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.gpu else {}),
+            resources_per_worker={"CPU": config.train.cpus_per_worker}
+            | ({"GPU": 1} if config.train.gpu else {})
+            | ({config.train.resource: 1} if config.train.resource else {}),
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.storage,
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
     )
     try:
@@ -197,7 +219,7 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
     except ray.train.TrainingFailedError as error:
         raise MuserError(
             f"training failed, after as many restarts as train.max_failures ({config.train.max_failures}) allows: "
-            f"{_last_line(error)}\nThe same command goes on from step {committed_step(config)}."
+            f"{_last_line(error)}\nThe same command goes on from step {max(store.steps(), default=0):,}."
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():

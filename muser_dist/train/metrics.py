@@ -1,36 +1,22 @@
-"""What a run writes down while it trains: metrics, quarantine and accounts, and the live line.
-
-Rank 0 writes; the driver follows the metrics and prints. All files can be cut back to a step, so
-that a run which goes on from a checkpoint leaves no line twice.
-"""
+"""What a run counts while it trains: every row that it was dealt, and where time goes."""
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from threading import Event, Thread
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from muser_dist.config import PairConfig, RunConfig
+from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Chunk, chain_digest, chunk_digest
 from muser_dist.objectives.collectives import world
 
 Moment = tuple[int, int]
-
-METRICS = "metrics.jsonl"
-QUARANTINE = "quarantine.jsonl"
-ACCOUNTS = "accounts.jsonl"
-
-TIMES = ("seconds", "samples_per_second", "wait_share", "decode_ms_per_row")
-"""Fields of metrics.jsonl that differ between two runs of the same seed."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +128,16 @@ class Accounting:
 
 
 class Stopwatch:
-    """Times of the steps since the last lap: what was spent waiting for data, and overall."""
+    """Times of the steps since the last lap: what was spent waiting for data, and overall.
 
-    def __init__(self) -> None:
+    Attributes:
+        total: seconds of training up to the last lap, those before a restart included.
+    """
+
+    def __init__(self, total: float = 0.0) -> None:
         self._start = time.perf_counter()
         self._waited = 0.0
+        self.total = total
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -164,100 +155,6 @@ class Stopwatch:
             "samples_per_second": round(samples / seconds, 2),
             "wait_share": round(self._waited / seconds, 4),
         }
+        self.total += seconds
         self._start, self._waited = now, 0.0
         return times
-
-
-class RunLog:
-    """Appends to the files of a run's folder; only rank 0 makes one."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        """Opens the files of a run that goes on after `step` optimizer steps: later lines are dropped."""
-        self._metrics = _reopen(folder / METRICS, lambda entry: entry["step"] <= step)
-        self._quarantine = _reopen(folder / QUARANTINE, lambda entry: entry["step"] < step)
-        self._accounts = _reopen(folder / ACCOUNTS, lambda entry: entry["step"] <= step)
-
-    def quarantine(self, problems: list[dict[str, Any]]) -> None:
-        """Writes quarantine entries."""
-        self._quarantine.writelines(json.dumps(problem) + "\n" for problem in problems)
-        self._quarantine.flush()
-
-    def accounts(self, step: int, lines: list[dict[str, Any]]) -> None:
-        """Writes what was read since the last checkpoint: the sums over the file are the run's accounts."""
-        self._accounts.writelines(json.dumps({"step": step} | line) + "\n" for line in lines)
-        self._accounts.flush()
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        """Writes a line of metrics."""
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._metrics.close()
-        self._quarantine.close()
-        self._accounts.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a .jsonl file; a last line that was cut short is left out, a missing file is empty."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole entry of a .jsonl file, without reading what is before; None where there is none."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 65_536))
-        lines = file.read().split(b"\n")[:-1]  # what follows the last line break is still being written
-    return json.loads(lines[-1]) if lines else None
-
-
-def _reopen(path: Path, keep: Any) -> TextIO:
-    kept = [entry for entry in read_lines(path) if keep(entry)]
-    temporary = path.with_suffix(".part")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    temporary.replace(path)
-    return path.open("a")
-
-
-@contextmanager
-def live_line(config: RunConfig, out: TextIO = sys.stdout) -> Iterator[None]:
-    """Prints each new line of metrics.jsonl while the block runs; on a terminal, over the one before."""
-    done = Event()
-    before = last_line(config.folder / METRICS)  # of an earlier start of this run; read before the block can write
-
-    def follow() -> None:
-        shown = before["step"] if before else None
-        ended = False
-        while not ended:
-            ended = done.wait(0.5)  # one more look after the block has ended
-            entry = last_line(config.folder / METRICS)
-            if entry and entry["step"] != shown:
-                shown = entry["step"]
-                print(describe(entry, config), file=out, flush=True, end="\r" if out.isatty() else "\n")
-        if out.isatty() and shown is not None:
-            print(file=out, flush=True)
-
-    thread = Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def describe(metrics: dict[str, Any], config: RunConfig) -> str:
-    """One line for the screen."""
-    left = (config.train.steps * config.train.global_batch - metrics["samples"]) / metrics["samples_per_second"]
-    temperatures = "/".join(f"{v:.3f}" for k, v in metrics.items() if k.startswith("temperature/"))
-    bad = f"  quarantined {metrics['rows_quarantined']:,}" if metrics["rows_quarantined"] else ""
-    return (
-        f"samples {metrics['samples']:>9,}/{config.train.steps * config.train.global_batch:,}  "
-        f"loss {metrics['loss']:.4f}  temperature {temperatures}  "
-        f"{metrics['samples_per_second']:,.1f} samples/s  waiting for data {metrics['wait_share']:4.0%}  "
-        f"ETA {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}{bad}"
-    )

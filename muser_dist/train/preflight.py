@@ -22,8 +22,8 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.registry import check_objective
-from muser_dist.train.checkpoint import committed_step
 from muser_dist.train.loop import MODEL
+from muser_dist.train.store import CheckpointStore
 
 # Models of at most this size are tried on one row before anything starts; the machine that a job
 # starts from may have little memory.
@@ -103,7 +103,8 @@ def check_model(config: RunConfig) -> int:
 
 def has_begun(config: RunConfig) -> bool:
     """Whether the run has results that its config and shards must not drift away from."""
-    return committed_step(config) > 0 or (config.folder / MODEL / "config.json").exists()
+    trained = (config.folder / MODEL / "config.json").exists()
+    return trained or bool(CheckpointStore(config, Storage.of(config.data)).steps())
 
 
 def prepare_folder(config: RunConfig, command: list[str]) -> None:

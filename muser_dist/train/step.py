@@ -6,8 +6,10 @@ encoded once more, with the same random numbers, to take that gradient back to t
 Without train.cache_gradients the activations of all chunks are kept, and each is encoded once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from muser_dist.config import Modality, RunConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.models.batch_norm import update_running_statistics
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
+from muser_dist.objectives.collectives import sum_over_ranks
 from muser_dist.train.engine import Engine
 
 TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
@@ -53,16 +56,32 @@ def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.devi
     )
 
 
+class Step(NamedTuple):
+    """What a step was: detached, so that nothing keeps the features of all ranks until the next.
+
+    Attributes:
+        loss: this rank's share.
+        logits: scales and biases (pairs,) that it was made with.
+        features: by modality, (b, D) of this rank's rows, not normalised.
+        batch: flags and ids of these rows.
+        applied: whether the parameters were updated; the same on all ranks.
+    """
+
+    loss: Loss
+    logits: Logits
+    features: dict[str, Tensor]
+    batch: Batch
+    applied: bool
+
+
 def train_step(
     engine: Engine, objective: Objective, config: RunConfig, chunks: list[DeviceChunk], lr_factor: float
-) -> tuple[Loss, Logits]:
+) -> Step:
     """Trains on this rank's chunks of a global batch.
 
     Each chunk is a forward pass with random numbers of its own, so that the result does not
-    depend on which rank runs it.
-
-    Returns:
-        this rank's share of the loss, and the scales and biases (pairs,) that it was made with.
+    depend on which rank runs it. A step whose gradient is not finite, or whose loss is above
+    train.max_loss, changes no parameter.
     """
     batch = Batch.join([chunk.batch for chunk in chunks])
     cached = config.train.cache_gradients and len(chunks) > 1
@@ -79,11 +98,20 @@ def train_step(
     else:
         loss.share.backward()
         _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
-    engine.step(lr_factor)
-    update_running_statistics(engine.model)
-    # Without the graph, which would keep the features of all ranks until the next step's.
-    loss = Loss(loss.share.detach(), loss.metrics)
-    return loss, Logits(**{name: value.detach() for name, value in logits.items()})
+    most = config.train.max_loss
+    applied = not (most and sum_over_ranks(loss.share).item() > most)
+    if applied:
+        engine.step(lr_factor)
+        applied = math.isfinite(engine.grad_norm())
+    if applied:
+        update_running_statistics(engine.model)
+    return Step(
+        Loss(loss.share.detach(), loss.metrics),
+        Logits(**{name: value.detach() for name, value in logits.items()}),
+        {name: value.detach() for name, value in features.items()},
+        batch,
+        applied,
+    )
 
 
 def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tensor | None]) -> None:

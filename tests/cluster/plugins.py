@@ -1,25 +1,65 @@
-"""Objectives that tests name in configs as `tests.cluster.plugins:...`; workers import them."""
+"""Faults that tests inject: the objective `tests.cluster.plugins:faulty`, which workers import."""
 
+import json
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from muser_dist.objectives.contrastive import contrastive
+from muser_dist.train.store import CheckpointStore
 
 ARMED = "MUSER_TEST_ARMED"
-"""Environment variable with the folder whose files arm the objectives below."""
+"""Environment variable with the folder whose files arm faults, one for each rank."""
 
 _calls = 0
 
 
-def dies_once(features, logits, batch, config):
-    """The contrastive objective; when armed, rank 1 disarms it and dies in its 11th step."""
+def arm(folder: Path, kind: str, call: int, ranks: tuple[int, ...] = (1,), **details: Any) -> None:
+    """Lets a fault happen in these ranks at the `call`-th step of their process, once."""
+    for rank in ranks:
+        (folder / f"{kind}-{rank}").write_text(json.dumps({"kind": kind, "call": call} | details))
+
+
+def faulty(features, logits, batch, config):
+    """The contrastive objective, with the faults that are armed for this rank."""
     global _calls
     _calls += 1
-    trigger = Path(os.environ[ARMED]) / "dies_once"
-    if _calls == 11 and dist.get_rank() == 1 and trigger.exists():
-        trigger.unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return contrastive(features, logits, batch, config)
+    loss = contrastive(features, logits, batch, config)
+    for path in sorted(Path(os.environ[ARMED]).glob(f"*-{dist.get_rank()}")):
+        fault = json.loads(path.read_text())
+        if fault["kind"] == "slow":  # as long as it is armed
+            time.sleep(fault["seconds"])
+        elif _calls == fault["call"]:
+            path.unlink()
+            if fault["kind"] == "nan":
+                return replace(loss, share=loss.share * float("nan"))
+            _FAULTS[fault["kind"]]()
+    return loss
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _die_while_writing() -> None:
+    """The next part of a checkpoint is written by half, and then the process is killed."""
+
+    def write(self: CheckpointStore, step: int, name: str, content: bytes) -> None:
+        path = Path(f"{self._folder(step)}/{name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[: len(content) // 2])
+        _kill()
+
+    CheckpointStore.write = write
+
+
+_FAULTS = {"kill": _kill, "hang": _hang, "write": _die_while_writing}

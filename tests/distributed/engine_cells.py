@@ -50,7 +50,7 @@ def config_for(
 def global_chunks(config: RunConfig, messy: bool = True) -> list[dict]:
     """All chunks of a step, padded to a multiple of the workers, in the pipeline's form."""
     chunks = []
-    for number in range(config.train.chunks_per_worker * config.train.workers):
+    for number in range(config.train.chunks_per_worker(config.train.workers) * config.train.workers):
         rng = np.random.default_rng(number)
         samples, tokens = config.data.crop_samples, config.data.max_tokens
         real = number < config.train.chunks_per_step
@@ -105,7 +105,7 @@ class Recording:
 
     def __init__(self, engine, factor: float = 1.0) -> None:
         self.engine, self.device, self.factor = engine, engine.device, factor
-        self.encode, self.model = engine.encode, engine.model
+        self.encode, self.model, self.grad_norm = engine.encode, engine.model, engine.grad_norm
         self.gradients: dict[str, torch.Tensor] = {}
 
     def backward(self, share: torch.Tensor, last: bool = True) -> None:
@@ -133,7 +133,7 @@ def engine_worker(
                 cached = not words.endswith("one graph")
                 config = config_for(objective, world, chunks, stage, precision, cache_gradients=cached)
                 mine = on_device(global_chunks(config)[rank::world], config)
-                loss, _ = train_step(recording, load_objective(config.objective), config, mine, 1.0)
+                loss, *_ = train_step(recording, load_objective(config.objective), config, mine, 1.0)
                 value = global_metrics(loss)["loss"]
                 if rank == 0:
                     torch.save((value, recording.gradients), f"{folder}/{objective}-{stage}-{words}.pt")

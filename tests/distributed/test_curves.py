@@ -51,7 +51,7 @@ def chunks_of(step: int, config: RunConfig) -> list[dict]:
         for k in range(config.train.chunks_per_step)
     ]
     padding = {name: np.zeros_like(x[:c]) for name, x in columns.items()} | {"row": np.full(c, -1)}
-    missing = config.train.chunks_per_worker * config.train.workers - len(chunks)
+    missing = config.train.chunks_per_worker(config.train.workers) * config.train.workers - len(chunks)
     return chunks + [{"step": np.int64(step), "chunk": np.int64(len(chunks) + k)} | padding for k in range(missing)]
 
 
@@ -59,7 +59,7 @@ def curve(engine: Engine, config: RunConfig, rank: int) -> list[float]:
     objective, losses = load_objective(config.objective), []
     for step in range(STEPS):
         mine = on_device(chunks_of(step, config)[rank :: config.train.workers], config)
-        loss, _ = train_step(engine, objective, config, mine, lr_factor((step + 1) * N, config.train))
+        loss, *_ = train_step(engine, objective, config, mine, lr_factor((step + 1) * N, config.train))
         losses.append(global_metrics(loss)["loss"])
     return losses
 

@@ -1,5 +1,7 @@
-"""DeepSpeedEngine beyond gradients: whole weights, saving and going on, the schedule."""
+"""DeepSpeedEngine beyond gradients: whole weights, the schedule, steps that are not applied."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,26 +24,29 @@ def steps(engine, config, rank, world, factors):
         train_step(engine, contrastive, config, mine, factor)
 
 
+def spoilt(features, logits, batch, config):
+    """The contrastive objective, whose share is not finite on rank 1."""
+    loss = contrastive(features, logits, batch, config)
+    return replace(loss, share=loss.share * (float("nan") if dist.get_rank() == 1 else 1.0))
+
+
 def worker(rank: int, folder: str) -> None:
+    """Three steps, and one that cannot be applied."""
     world = dist.get_world_size()
     for stage in range(4):
         config = config_for("InfoNCE, same text", world, 4, stage)
         engine = DeepSpeedEngine(MultimodalModel(config), config, CPU)
         initial = engine.state_dict()
-        steps(engine, config, rank, world, [1.0, 0.5])
-        # All ranks into one folder, as Ray Train merges them.
-        checkpoint = Path(folder) / f"checkpoint-{stage}"
-        engine.save(checkpoint)
-        dist.barrier()
-        steps(engine, config, rank, world, [0.25])
-        straight = engine.state_dict()
-        resumed = DeepSpeedEngine(MultimodalModel(config), config, CPU)
-        resumed.load(checkpoint)
-        steps(resumed, config, rank, world, [0.25])
-        again = resumed.state_dict()
-        assert (not again) == (rank > 0)
+        steps(engine, config, rank, world, [1.0, 0.5, 0.25])
+        weights, norm = engine.state_dict(), engine.grad_norm()
+        assert (not weights) == (rank > 0)
+        mine = on_device(global_chunks(config, messy=False)[rank::world], config)
+        made = train_step(engine, spoilt, config, mine, 1.0)
+        after = engine.state_dict()
+        assert not made.applied and not math.isfinite(engine.grad_norm())
+        assert all(torch.equal(after[name], value) for name, value in weights.items())
         if rank == 0:
-            torch.save((initial, straight, again, engine.grad_norm()), Path(folder) / f"{stage}.pt")
+            torch.save((initial, weights, norm), Path(folder) / f"{stage}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +75,8 @@ def test_whole_weights_come_out_of_every_stage(results, stage):
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_going_on_from_a_checkpoint_is_bitwise_the_same(results, stage):
-    _, straight, again, _ = results[stage]
-    for name, value in straight.items():
-        torch.testing.assert_close(again[name], value, rtol=0, atol=0, msg=name)
-
-
-@pytest.mark.parametrize("stage", range(4))
 def test_two_workers_train_as_one_process_does(results, plain, stage):
-    _, straight, _, norm = results[stage]
+    _, straight, norm = results[stage]
     start = MultimodalModel(config_for("InfoNCE, same text", 1, 4)).state_dict()
     for name, value in plain.state_dict().items():
         moved = (value - start[name]).norm()

@@ -30,7 +30,7 @@ def plain(config, factor: float = 1.0) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step on one process."""
     recording = Recording(PlainEngine(MultimodalModel(config), config, torch.device("cpu")), factor)
     chunks = on_device(global_chunks(config), config)
-    loss, _ = train_step(recording, load_objective(config.objective), config, chunks, 1.0)
+    loss, *_ = train_step(recording, load_objective(config.objective), config, chunks, 1.0)
     return global_metrics(loss)["loss"], recording.gradients
 
 

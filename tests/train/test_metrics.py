@@ -1,4 +1,3 @@
-import io
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -9,8 +8,7 @@ import pytest
 from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Problem
 from muser_dist.train.loop import StopTraining, check_share
-from muser_dist.train.metrics import METRICS, QUARANTINE, Accounting, RunLog, describe, live_line, read_lines
-from tests.small import small_config
+from muser_dist.train.metrics import Accounting
 
 PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
 
@@ -73,52 +71,6 @@ def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flush
     resumed.add(b)
     resumed.flush()
     assert resumed.totals["digest"] == digest([a], [b])
-
-
-def line(step: int) -> dict:
-    return {
-        "step": step,
-        "samples": 8 * step,
-        "loss": 2.5,
-        "temperature/audio-text": 0.07,
-        "rows_quarantined": 3,
-        "samples_per_second": 4.0,
-        "wait_share": 0.25,
-    }
-
-
-def test_going_on_from_a_checkpoint_drops_later_lines(tmp_path):
-    log = RunLog(tmp_path, 0)
-    for step in (1, 2, 3):
-        log.quarantine([{"step": step - 1, "row": step}])
-        log.metrics(line(step))
-    log.close()
-    with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 4, "los')  # the process died while it wrote
-    log = RunLog(tmp_path, 2)
-    log.metrics(line(3))
-    log.close()
-    assert [entry["step"] for entry in read_lines(tmp_path / METRICS)] == [1, 2, 3]
-    assert [entry["row"] for entry in read_lines(tmp_path / QUARANTINE)] == [1, 2]
-
-
-def test_the_live_line_shows_the_end_of_the_run(tmp_path):
-    config = small_config(name="run", storage=str(tmp_path))
-    (tmp_path / "run").mkdir()
-    out = io.StringIO()
-    log = RunLog(config.folder, 0)
-    with live_line(config, out):
-        for step in (1, 2):
-            log.metrics(line(step))
-    shown = out.getvalue().splitlines()
-    assert "samples        16/24" in shown[-1]
-    assert "loss 2.5000  temperature 0.070  4.0 samples/s" in shown[-1]
-    assert "waiting for data  25%" in shown[-1]
-    assert "quarantined 3" in shown[-1]
-
-
-def test_the_time_left_is_that_of_the_samples_left():
-    assert "ETA 0:00:04" in describe(line(1), small_config())  # 24 samples in all, 8 done, 4 a second
 
 
 def test_a_run_stops_when_too_many_rows_are_bad():

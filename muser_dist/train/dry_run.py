@@ -1,0 +1,59 @@
+"""What a run would do and need, without doing it: `jobs/pretrain.py RECIPE --dry-run`."""
+
+import time
+
+from muser_dist.config import RunConfig
+from muser_dist.data.pipeline import training_reader
+from muser_dist.data.shards import index_shards
+from muser_dist.data.storage import Storage
+from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards
+
+_SPARE = 1.2
+"""How much faster than it is used data should be decoded, or workers wait for it now and then."""
+
+
+def dry_run(config: RunConfig) -> str:
+    """Checks a config as `pretrain` does, decodes one chunk, and tells what the run would take. Writes nothing.
+
+    Raises:
+        MuserError: as `pretrain`.
+    """
+    parameters = check_settings(config)
+    storage = Storage.of(config.data)
+    shards = find_shards(config, storage)
+    sources = config.data.training_sources()
+    indices = [index_shards(storage, shards[source.name], f"data.{source.name}") for source in sources]
+    check_rows(config, indices)
+    reader = training_reader(config, indices, storage)
+    next(reader.read([0]))  # opens shards and starts the decoder
+    start = time.perf_counter()
+    next(reader.read([1 if reader.chunks_per_step > 1 else reader.slots_per_step]))
+    rate = config.train.chunk / (time.perf_counter() - start)
+
+    train, slots, gib = config.train, config.data.decode_slots, 1 << 30
+    (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
+    lines = [describe_plan(config, indices, parameters), ""]
+    for workers in dict.fromkeys((least, most)):
+        weights, gradients, moments = (
+            parameters * size / gib / (workers if train.zero_stage >= stage else 1)
+            for size, stage in ((4, 3), (4, 2), (12, 1))
+        )
+        held = weights + gradients + moments
+        lines.append(
+            f"Memory of each of {workers} workers: {held:.2f} GiB for weights ({weights:.2f}), gradients "
+            f"({gradients:.2f}) and optimizer ({moments:.2f}); {3 * chunk:.2f} GiB for chunks; and the activations of "
+            f"{1 if train.cache_gradients else train.chunks_per_worker(workers)} chunks of {train.chunk} rows, which "
+            "--train.find-chunk measures"
+        )
+    saved = parameters * (12 + 4 * bool(train.ema_samples)) / gib
+    store = max(config.data.buffer_mib / 1024, 3 * (slots + most) * chunk)
+    lines += [
+        f"Steps: {train.steps:,} of {train.global_batch:,} rows in {train.chunks_per_step} chunks; "
+        f"{train.steps * train.global_batch:,} samples; a checkpoint every {train.checkpoint_samples:,}",
+        f"Decoding: {rate:,.0f} rows/s on one core of this machine. S samples/s need {_SPARE} × S / {rate:,.0f} CPUs "
+        f"(data.decode_slots: {slots}, for up to {slots * rate / _SPARE:,.0f} samples/s)",
+        f"Object store: {store:.2f} GiB of chunks that wait",
+        f"Disk: {saved:.2f} GiB a checkpoint, {(train.keep_checkpoints + 2) * saved:.2f} GiB in all, in "
+        f"{train.checkpoint_storage or config.folder}",
+    ]
+    return "\n".join(lines)
