@@ -7,7 +7,7 @@ Without train.cache_gradients the activations of all chunks are kept, and each i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,7 +47,8 @@ def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.devi
     """The arrays of a chunk that training needs; they may be read-only memory of the object store."""
 
     def move(name: str) -> Tensor:
-        return torch.from_numpy(np.array(chunk[name])).to(device)
+        copy = torch.from_numpy(np.array(chunk[name]))
+        return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy.to(device)
 
     return DeviceChunk(
         (int(chunk["step"]), int(chunk["chunk"])),
@@ -86,7 +87,7 @@ def train_step(
     batch = Batch.join([chunk.batch for chunk in chunks])
     cached = config.train.cache_gradients and len(chunks) > 1
     with torch.set_grad_enabled(not cached):
-        encoded = [engine.encode(chunk.tensors(), chunk.moment) for chunk in chunks]
+        encoded = [engine.encode(tensors, moment) for tensors, moment in _inputs(chunks, engine.device)]
     logits = {name: encoded[-1][name] for name in _OF_LOGITS if name in encoded[-1]}
     features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1] if name not in logits}
     if cached:
@@ -117,9 +118,9 @@ def train_step(
 def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tensor | None]) -> None:
     """Encodes each chunk again, and takes the gradients of its outputs back to the parameters."""
     start = 0
-    for number, chunk in enumerate(chunks):
-        outputs = engine.encode(chunk.tensors(), chunk.moment)
-        rows = slice(start, start := start + len(chunk.batch.row))
+    for number, (tensors, moment) in enumerate(_inputs(chunks, engine.device)):
+        outputs = engine.encode(tensors, moment)
+        rows = slice(start, start := start + len(chunks[number].batch.row))
         part = torch.zeros((), device=engine.device)
         for name, gradient in gradients.items():
             if gradient is None:  # a modality that no pair names
@@ -129,3 +130,26 @@ def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tens
             else:
                 part = part + (outputs[name] * gradient[rows]).sum()
         engine.backward(part, last=number == len(chunks) - 1)
+
+
+def _inputs(chunks: list[DeviceChunk], device: torch.device) -> Iterator[tuple[dict[str, Tensor], tuple[int, int]]]:
+    """What towers read of each chunk, and its moment. On a GPU the next chunk is copied there meanwhile."""
+    if device.type != "cuda":
+        for chunk in chunks:
+            yield chunk.tensors(), chunk.moment
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def copied(chunk: DeviceChunk) -> dict[str, Tensor]:
+        with torch.cuda.stream(copying):
+            return chunk.tensors()
+
+    ahead = copied(chunks[0])
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        computing.wait_stream(copying)
+        tensors = ahead
+        for tensor in tensors.values():
+            tensor.record_stream(computing)  # or its memory would be given away while it is read
+        if following is not None:
+            ahead = copied(following)
+        yield tensors, chunk.moment
