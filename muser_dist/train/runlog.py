@@ -156,4 +156,5 @@ def describe_event(event: dict[str, Any]) -> str | None:
     if event["event"] == "checkpoint" or (event["event"] == "start" and event["step"] == 0):
         return None
     fields = "  ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "event", "step"))
-    return f"-- {event['event']} at step {event['step']:,}: {fields}"
+    where = "" if event["step"] is None else f" at step {event['step']:,}"
+    return f"-- {event['event']}{where}: {fields}"

@@ -28,6 +28,8 @@ from tests.fault_proxy import Fault, fault_proxy
 from tests.object_store import endpoint, object_store, storage_options
 from tests.small import LOCAL, reader_of, small_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 20, 16
 
@@ -81,7 +83,6 @@ def test_a_loss_that_is_not_finite(cluster, corpus, tmp_path):
     check_accounts(config, corpus)
 
 
-@pytest.mark.slow
 def test_a_worker_that_hangs_is_named(cluster, corpus, tmp_path):
     config = run_config(corpus, tmp_path, "hang", hang_seconds=15.0)
     arm(cluster, "hang", call=11)
@@ -91,7 +92,6 @@ def test_a_worker_that_hangs_is_named(cluster, corpus, tmp_path):
     check_accounts(config, corpus)
 
 
-@pytest.mark.slow
 def test_one_rank_is_five_times_slower(cluster, corpus, tmp_path):
     config = run_config(corpus, tmp_path, "slow")
     arm(cluster, "slow", 0, seconds=0.5)
@@ -102,7 +102,6 @@ def test_one_rank_is_five_times_slower(cluster, corpus, tmp_path):
     check_accounts(config, corpus)
 
 
-@pytest.mark.slow
 def test_the_driver_is_killed_and_the_job_submitted_again(cluster, corpus, tmp_path):
     config = run_config(corpus, tmp_path, "driver")
     arm(cluster, "slow", 0, seconds=0.3)  # so that it is killed in the middle
@@ -123,7 +122,6 @@ def test_the_driver_is_killed_and_the_job_submitted_again(cluster, corpus, tmp_p
     check_accounts(config, corpus)
 
 
-@pytest.mark.slow
 def test_an_object_store_that_is_full(corpus, tmp_path):
     """A small store, all of which is taken when the run begins."""
     (tmp_path / "armed").mkdir()
@@ -134,7 +132,6 @@ def test_an_object_store_that_is_full(corpus, tmp_path):
     check_accounts(run_config(corpus, tmp_path, "store"), corpus)
 
 
-@pytest.mark.slow
 def test_s3_that_fails_for_data_and_for_checkpoints(cluster, corpus, tmp_path):
     def schedule(method: str, path: str, before: int) -> Fault | None:
         """Each object can be read at the third attempt; parts of checkpoints can be written at the third."""
@@ -159,7 +156,6 @@ def test_s3_that_fails_for_data_and_for_checkpoints(cluster, corpus, tmp_path):
     check_accounts(replace(config, data=replace(config.data, storage_options="")), corpus)
 
 
-@pytest.mark.slow
 def test_checkpoint_storage_that_is_full_for_good(cluster, corpus, tmp_path):
     """A file system of its own, too small for two checkpoints; when there is room, the run goes on."""
     small = tmp_path / "small"

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.contrastive import contrastive
+from muser_dist.train.diagnosis import why_not_applied
 from muser_dist.train.engine import DeepSpeedEngine, PlainEngine
 from muser_dist.train.step import train_step
-from tests.distributed.engine_cells import config_for, global_chunks, on_device
+from tests.distributed.engine_cells import ROWS, config_for, global_chunks, on_device
 from tests.distributed.workers import run_workers
 
 CPU = torch.device("cpu")
@@ -44,6 +45,11 @@ def worker(rank: int, folder: str) -> None:
         made = train_step(engine, spoilt, config, mine, 1.0)
         after = engine.state_dict()
         assert not made.applied and not math.isfinite(engine.grad_norm())
+        named = [{"shard": ["s.tar"] * ROWS, "key": [f"{chunk.moment[1]}-{i}" for i in range(ROWS)]} for chunk in mine]
+        made.features["audio"][rank] = float("inf")  # row 0 on rank 0, row 1 on rank 1
+        why = why_not_applied(made, 4, named, engine.grad_norm(), config.train)
+        assert "not finite at step 4 (loss nan" in why and "none; rank 1." in why
+        assert "not finite: s.tar: 0-0 (rank 0), s.tar: 1-1 (rank 1)." in why
         assert all(torch.equal(after[name], value) for name, value in weights.items())
         if rank == 0:
             torch.save((initial, weights, norm), Path(folder) / f"{stage}.pt")
