@@ -4,6 +4,7 @@ Rank 0 opens them whenever training starts or goes on. metrics.jsonl stays the r
 tracker that cannot be opened or fails later is switched off with one warning, and training goes on.
 """
 
+import json
 import logging
 import os
 import re
@@ -64,13 +65,14 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases that goes on as the same one when training does.
 
-    The key is read by wandb itself, from WANDB_API_KEY; WANDB_MODE=offline writes to `folder` alone.
+    The key is read by wandb itself, from WANDB_API_KEY. With WANDB_MODE=offline every start leaves a
+    folder of its own, and `wandb sync` makes one run of them: steps are in one of them alone.
 
     Args:
         project: the project's name.
         name: the run's name.
-        folder: the run's folder. It keeps the id of the run there: a folder of the same name
-            elsewhere is another run, and so is one that begins anew at step 0.
+        folder: the run's folder. It keeps the id of the run: a folder of the same name elsewhere is
+            another run, and so is one that begins anew at step 0.
         config: the run's config, shown beside the curves.
         step: optimizer steps done.
     """
@@ -78,28 +80,36 @@ class WeightsAndBiases:
     def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any], step: int) -> None:
         import wandb
 
-        path = folder / "wandb-id.txt"
-        if step == 0 or not path.exists():
-            write_whole(path, uuid4().hex[:8])
-        # Neither the worker's output, nor its command line, code or git remote leave the machine.
-        quiet = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_meta=True)
+        self._state = folder / "wandb-run.json"
+        fresh = step == 0 or not self._state.exists()
+        state = {"id": uuid4().hex[:8], "next": 0} if fresh else json.loads(self._state.read_text())
+        self._id = state["id"]
+        self._keep(state["next"])
         self._run = wandb.init(
             project=project,
             name=name,
-            id=path.read_text(),
+            id=self._id,
             resume="allow",
             dir=str(folder),
             config=config,
-            settings=quiet,
+            # Neither the worker's output, nor its command line, code or git remote leave the machine.
+            settings=wandb.Settings(
+                console="off", silent=True, disable_code=True, disable_git=True, x_disable_meta=True
+            ),
         )
-        self._first = self._run.step  # what it has from before the restart is not sent twice
+        # What it has from before the restart is not sent twice; only the server knows what it has.
+        self._next = state["next"] if self._run.offline else self._run.step
 
     def metrics(self, line: dict[str, Any], step: int) -> None:
-        if step >= self._first:
-            self._run.log(dict(_numbers(line)), step=step)
+        if step >= self._next:
+            self._run.log(dict(_numbers(line)), step=step, commit=True)
+            self._keep(step + 1)
 
     def close(self) -> None:
         self._run.finish()
+
+    def _keep(self, following: int) -> None:
+        write_whole(self._state, json.dumps({"id": self._id, "next": following}))
 
 
 class RayMetrics:

@@ -1,5 +1,7 @@
 """Trackers hold each step of a run once, however often it was restarted, and cannot stop it."""
 
+import json
+import struct
 import subprocess
 import sys
 import time
@@ -102,6 +104,47 @@ def test_weights_and_biases_needs_a_key_or_to_be_offline(monkeypatch):
         check_trackers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_trackers(["wandb"])
+
+
+def logged(folder) -> list[tuple[str, dict]]:
+    """(run's id, values) of every row in the files that offline runs left, the oldest file first."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        content, start = path.read_bytes(), 7
+        while start < len(content):  # records of LevelDB's log format; so few fit one block, and none is cut
+            _, length, kind = struct.unpack_from("<IHB", content, start)
+            assert kind == 1
+            record = Record.FromString(content[start + 7 : start + 7 + length])
+            start += 7 + length
+            if record.WhichOneof("record_type") == "history":
+                items = ((item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item)
+                rows.append((path.stem.removeprefix("run-"), {key: json.loads(value) for key, value in items}))
+    return rows
+
+
+def test_weights_and_biases_offline_has_each_step_once_and_no_secret(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    key = "0123456789abcdef" * 3
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    config = small_config(name="a-run", storage=str(tmp_path))
+    config.folder.mkdir()
+    for first, last in ((0, 5), (3, 8)):  # the second start goes on from an older checkpoint
+        trackers = trackers_of(["wandb"], config, first)
+        for step in range(first + 1, last + 1):
+            trackers.metrics(line(step), step)
+        trackers.close()
+        time.sleep(1.1)  # wandb names its folders by the second
+    rows = logged(config.folder)
+    assert len({run for run, _ in rows}) == 1
+    assert [row["_step"] for _, row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rows[1][1]["loss"] == 0.5 and rows[1][1]["loss/audio-text"] == 0.5 and "digest" not in rows[1][1]
+    assert not any(key.encode() in path.read_bytes() for path in config.folder.rglob("*") if path.is_file())
+    trackers_of(["wandb"], config, 0).close()  # begun anew: another run
+    (id_of_rows,) = {run for run, _ in rows}
+    assert json.loads((config.folder / "wandb-run.json").read_text())["id"] != id_of_rows
 
 
 WORKER = """
