@@ -81,8 +81,9 @@ class WeightsAndBiases:
         import wandb
 
         self._state = folder / "wandb-run.json"
-        fresh = step == 0 or not self._state.exists()
-        state = {"id": uuid4().hex[:8], "next": 0} if fresh else json.loads(self._state.read_text())
+        state: dict[str, Any] = {"id": uuid4().hex[:8], "next": 0}
+        if step > 0 and self._state.exists():
+            state = json.loads(self._state.read_text())
         self._id = state["id"]
         self._keep(state["next"])
         self._run = wandb.init(

@@ -68,7 +68,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         json.dump(health, file)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_any_number_of_ranks_finds_what_the_definitions_say(world, tmp_path):
     if world == 1:
         worker(0, 1, str(tmp_path))  # without any process group

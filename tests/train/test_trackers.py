@@ -160,7 +160,7 @@ class Worker:
     def log(self):
         self.metrics.metrics({"step": 1, "loss": 2.5, "grad_norm/audio": 0.25, "digest": "ab"}, 1)
 
-ray.init("local", num_cpus=1, logging_level="ERROR", _system_config={"metrics_report_interval_ms": 1000})
+ray.init("local", num_cpus=1, include_dashboard=False, _system_config={"metrics_report_interval_ms": 1000})
 worker = Worker.remote()
 ray.get(worker.log.remote())
 print(ray.nodes()[0]["MetricsExportPort"], flush=True)
