@@ -6,7 +6,6 @@ numbers. A run that died leaves files behind that are missing or end in half a l
 then shows what there is and says what there is not.
 """
 
-import io
 import json
 import math
 import re
@@ -17,26 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from muser_dist.errors import CheckpointError
+from muser_dist.evaluate.charts import COLOURS, draw_charts
+from muser_dist.evaluate.formats import amount, fraction, number, percent
 from muser_dist.files import write_whole
 
-_POINTS = 1_000  # drawn of each curve; more cannot be told apart at the size of a chart
 _CLASSES = 24  # shown of a confusion matrix; the rarer ones are put together
 _CONFUSION_FIELDS = 2
 _REASONS, _EXAMPLES = 20, 3
-_COLOURS = ("#2b62b5", "#c2570c", "#1f7a4d", "#8a3fa0", "#a8323e", "#5b6470")  # also --series-0.. in the template
-
-# What an SVG file has and SVG inside a page must not: prolog, namespaces, a size that does not follow the page,
-# a style sheet, and ids such as figure_1 that every chart has.
-_OF_A_DOCUMENT = re.compile(
-    r'^.*?(?=<svg)| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"|<style.*?</style>| id="[a-z0-9.]+_\d+"', re.S
-)
 
 Values = dict[str, Any]
 
@@ -69,7 +58,7 @@ def write_report(folder: Path) -> Path:
         machine=list(_flat(_mapping(run.get("machine")))),
         notes=notes,
         facts=_facts(config, metrics),
-        charts=_charts(metrics),
+        charts=draw_charts(metrics),
         scored={key: evaluation.get(key) for key in ("data", "rows")}
         | {"without": _mapping(evaluation.get("rows_without"))},
         tiles=_tiles(evaluation),
@@ -79,7 +68,7 @@ def write_report(folder: Path) -> Path:
         skipped_fields=_mapping(evaluation.get("skipped_fields")),
         quarantine=_quarantine(_read_lines(folder / "quarantine.jsonl", notes)),
         config=list(_flat(config)),
-        colours=_COLOURS,
+        colours=COLOURS,
     )
     path = folder / "report.html"
     write_whole(path, html)
@@ -124,11 +113,6 @@ def _read_lines(path: Path, notes: list[str]) -> list[Values]:
     return entries
 
 
-def _number(value: Any) -> float:
-    """The value as a float; NaN where it is no number."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
 def _mapping(value: Any) -> Values:
     return value if isinstance(value, dict) else {}
 
@@ -149,7 +133,7 @@ def _flat(values: Values, path: str = "") -> Iterator[tuple[str, str]]:
 def _planned(config: Values) -> tuple[float, float]:
     """Samples that the run is to see, and those between two lines of metrics.jsonl; NaN where unknown."""
     train = _mapping(config.get("train"))
-    samples, batch, log_steps = (_number(train.get(key)) for key in ("samples", "global_batch", "log_steps"))
+    samples, batch, log_steps = (number(train.get(key)) for key in ("samples", "global_batch", "log_steps"))
     return samples // batch * batch if batch else math.nan, log_steps * batch
 
 
@@ -157,7 +141,7 @@ def _state(config: Values, metrics: list[Values], evaluation: Values) -> str:
     scored = "evaluated" if evaluation else "not evaluated"
     if not metrics:
         return f"{scored}; no training recorded"
-    (planned, between), done = _planned(config), _number(metrics[-1]["samples"])
+    (planned, between), done = _planned(config), number(metrics[-1]["samples"])
     # The last steps may have no line of their own, and the plan may be unknown.
     return f"{int(100 * done / planned)} % trained, {scored}" if done + between <= planned else f"trained, {scored}"
 
@@ -167,23 +151,34 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
     if not metrics:
         return []
     last, (planned, _) = metrics[-1], _planned(config)
-    speeds = sorted(v for line in metrics if math.isfinite(v := _number(line.get("samples_per_second"))))
-    waits = [v for line in metrics if math.isfinite(v := _number(line.get("wait_share")))]
-    samples = _amount(last["samples"]) + (f" of {_amount(planned)}" if math.isfinite(planned) else "")
-    facts = [("Samples", samples), ("Steps", _amount(last.get("step")))]
-    facts.append(("Loss above its floor", _amount(last.get("loss_minus_entropy"))))
-    if speeds:
-        facts.append(("Samples per second, median", _amount(speeds[len(speeds) // 2])))
-    if waits:
-        facts.append(("Time waiting for data, mean", _percent(sum(waits) / len(waits))))
+    samples = amount(last["samples"]) + (f" of {amount(planned)}" if math.isfinite(planned) else "")
+    facts = [("Samples", samples), ("Steps", amount(last.get("step")))]
+    facts.append(("Loss above its floor", amount(last.get("loss_minus_entropy"))))
+    if speeds := sorted(_recorded(metrics, "samples_per_second")):
+        facts.append(("Samples per second, median", amount(speeds[len(speeds) // 2])))
+    for key, what in (("wait_share", "data"), ("rank_wait_share", "other workers")):
+        if waits := _recorded(metrics, key):
+            facts.append((f"Time waiting for {what}, mean", percent(sum(waits) / len(waits))))
+    if late := Counter(_recorded(metrics, "straggler")).most_common(1):
+        facts.append(
+            ("Slowest worker", f"{amount(late[0][0])}, in {amount(late[0][1])} of {amount(len(metrics))} lines")
+        )
+    if stops := _recorded(metrics, "checkpoint_seconds"):
+        facts.append(("Seconds stopped for checkpoints", amount(sum(stops))))
     counts = {
+        "restarts": "Restarts",
         "rows_read": "Rows read",
         "rows_used": "Rows used",
         "rows_quarantined": "Rows quarantined",
         "rows_surplus": "Samples beyond the shards' index",
         "rows_in_val": "Rows read that validation holds too",
     }
-    return facts + [(label, _amount(last[key])) for key, label in counts.items() if key in last]
+    return facts + [(label, amount(last[key])) for key, label in counts.items() if key in last]
+
+
+def _recorded(metrics: list[Values], key: str) -> list[float]:
+    """The finite values of a field, in order."""
+    return [value for line in metrics if math.isfinite(value := number(line.get(key)))]
 
 
 def _tiles(evaluation: Values) -> list[Values]:
@@ -223,7 +218,7 @@ def _retrieval(evaluation: Values) -> Values:
     for direction, scores in table:
         cells = []
         for metric in metrics:
-            show = _percent if metric.startswith("R@") else _amount
+            show = percent if metric.startswith("R@") else amount
             cells.append((show(scores.get(metric)), show(scores.get(f"chance_{metric}"))))
         counts = [scores.get(key) for key in ("queries", "candidates", "queries_without_answer")]
         rows.append({"direction": direction, "cells": cells, "counts": counts})
@@ -290,97 +285,11 @@ def _quarantine(entries: list[Values]) -> Values:
     return {"total": len(entries), "distinct": distinct, "groups": groups, "rest": len(entries) - shown}
 
 
-# Charts
-
-
-def _charts(metrics: list[Values]) -> list[Values]:
-    """Charts over samples: title, legend and SVG of each whose values were recorded."""
-    pairs: dict[str, dict[str, str]] = {"loss": {}, "temperature": {}}
-    for key in dict.fromkeys(key for line in metrics for key in line):
-        kind, slash, pair = key.partition("/")
-        if slash and kind in pairs:
-            pairs[kind][pair] = key
-    whole = {"loss": "loss", "loss minus the entropy of its targets": "loss_minus_entropy"}
-    specs: list[tuple[str, str, dict[str, str], bool]] = [  # title, unit, key by label, whether from zero
-        ("Loss", "nats; 0 is perfect where the entropy is taken off", whole, True),
-        ("Loss by pair", "nats", pairs["loss"], True),
-        ("Temperature", "similarities are divided by it", pairs["temperature"] or {"": "temperature"}, False),
-        ("Throughput", "samples per second, all workers", {"": "samples_per_second"}, True),
-        ("Waiting for data", "share of time", {"": "wait_share"}, True),
-        ("Gradient norm", "before clipping", {"": "grad_norm"}, True),
-        ("Learning rate", "", {"": "lr"}, True),
-    ]
-    thin = metrics[:: -(math.ceil(len(metrics) / _POINTS) or 1)][::-1]  # counted from the last line, so it stays
-    samples = [float(line["samples"]) for line in thin]
-    charts = []
-    for title, unit, keys, from_zero in specs:
-        curves = {label: [_number(line.get(key)) for line in thin] for label, key in keys.items()}
-        curves = {label: curve for label, curve in curves.items() if any(map(math.isfinite, curve))}
-        if curves:
-            show = _percent if title == "Waiting for data" else _amount
-            legend = [(label, show([v for v in curve if math.isfinite(v)][-1])) for label, curve in curves.items()]
-            svg = _svg(title, samples, list(curves.values()), from_zero, percent=show is _percent)
-            charts.append({"title": title, "unit": unit, "legend": legend, "svg": svg})
-    return charts
-
-
-def _svg(title: str, samples: list[float], curves: list[list[float]], from_zero: bool, percent: bool) -> Markup:
-    """Curves as SVG whose colours are the page's, so that they follow light and dark. It holds no text from data."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
-        figure = Figure(figsize=(3.9, 2.3), layout="constrained")
-        axes = figure.subplots()
-        marker = "o" if len(samples) == 1 else None
-        for curve, colour in zip(curves, _COLOURS * len(curves), strict=False):
-            axes.plot(samples, curve, color=colour, linewidth=1.6, marker=marker, markersize=4)
-        if from_zero:
-            finite = [v for curve in curves for v in curve if math.isfinite(v)]
-            axes.set_ylim(min(0.0, 1.06 * min(finite)), max(1.06 * max(finite), 0.05 if percent else 1e-12))
-        axes.set_xlabel("samples")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %" if percent else f"{v:g}"))
-        axes.grid(linewidth=0.5, alpha=0.25, color="#000000")
-        axes.tick_params(bottom=False, left=False)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        text = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
-    svg = _OF_A_DOCUMENT.sub("", text.getvalue())
-    for i, colour in enumerate(_COLOURS):
-        svg = svg.replace(colour, f"var(--series-{i})")
-    # Text has no fill of its own and takes the page's from the style sheet.
-    return Markup(svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
-
-
-# Text
+# Template
 
 
 def _environment() -> Environment:
     """Autoescape is on for every name: all that the template shows comes from data."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "amount": _amount, "fraction": _fraction}
+    environment.filters |= {"percent": percent, "amount": amount, "fraction": fraction}
     return environment
-
-
-def _amount(value: Any) -> str:
-    """A count or a measured value, for people: thin spaces between thousands, three digits of a fraction."""
-    number = _number(value)
-    if not math.isfinite(number):
-        return "–" if value is None else "not finite" if isinstance(value, float) else str(value)
-    if number == int(number) or abs(number) >= 1000:
-        return f"{round(number):,}".replace(",", "\u202f")
-    return f"{number:.3g}"
-
-
-def _percent(value: Any) -> str:
-    number = _number(value)
-    if not math.isfinite(number):
-        return _amount(value)
-    return f"{100 * number:.{1 if number >= 0.01 or number == 0 else 2}f}\u202f%"
-
-
-def _fraction(value: Any) -> float:
-    """A number from 0 to 1 for style sheets."""
-    number = _number(value)
-    return round(min(1.0, max(0.0, number)), 4) if math.isfinite(number) else 0.0

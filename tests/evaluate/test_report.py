@@ -137,6 +137,28 @@ def test_page_has_the_numbers(tmp_path):
     assert write_report(tmp_path).read_bytes() == first
 
 
+def test_what_watching_records_is_shown(tmp_path):
+    """Fields that a run may or may not record: each has its curve, and what sums them up."""
+    watched = {f"grad_norm/{tower}": 0.25 for tower in ("audio", "text")} | {"duplicates": 0.031}
+    watched |= {"variance/audio": 0.0077, "dimensions/audio": 61.3, "alignment/audio-text": 0.83}
+    watched |= {"decode_wait_share": 0.052, "transfer_share": 0.021, "rank_wait_share": 0.11}
+    lines = [metrics_line(step, checkpoint_seconds=0.5, **watched) for step in (10, 20)]
+    lines += [
+        metrics_line(step, straggler=3, **watched | {"rank_wait_share": 0.21, "restarts": 2}) for step in (30, 40)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    page = check(write_report(tmp_path))
+    assert sum(tag == "svg" for tag, _ in page.tags) == 11
+    for shown in ("audio: 0.25", "all: 1.5", "audio: 0.0077", "audio: 61.3", "audio-text: 0.83", "3.1\u202f%"):
+        assert shown in page.text
+    assert "data: 5.2\u202f%" in page.text and "copies to the device: 2.1\u202f%" in page.text
+    assert "other workers: 21.0\u202f%" in page.text  # at the end; and in the mean:
+    words = " ".join(re.sub(r"<[^>]*>", " ", page.html).split())
+    assert "Time waiting for other workers, mean 16.0 %" in words
+    assert "Slowest worker 3, in 2 of 4 lines" in words and "Restarts 2 " in words
+    assert "Seconds stopped for checkpoints 1 " in words
+
+
 def test_text_from_data_is_only_text(tmp_path):
     write_run(tmp_path, HOSTILE)
     page = check(write_report(tmp_path))

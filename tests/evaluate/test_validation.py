@@ -1,0 +1,26 @@
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+from muser_dist.config import EvaluateConfig
+from muser_dist.evaluate.evaluator import evaluate
+from muser_dist.evaluate.validation import validate
+from muser_dist.models.model import MultimodalModel
+from muser_dist.muser import Muser, save_model
+from tests.shardmaker import write_shards
+from tests.small import LOCAL, index_of, small_config
+
+
+def test_a_snapshot_has_the_scores_of_its_evaluation_in_any_process(tmp_path):
+    """In a fresh process, as in a task of the cluster: everything it needs is in its arguments and the folder."""
+    config = replace(small_config(), evaluate=EvaluateConfig(fields=("instrument", "absent")))
+    save_model(tmp_path / "snapshot", MultimodalModel(config).state_dict(), config)
+    index = index_of(write_shards(tmp_path, [12, 6]))
+    with ProcessPoolExecutor(1, get_context("spawn")) as elsewhere:
+        found = elsewhere.submit(validate, tmp_path / "snapshot", config, index, LOCAL).result()
+    scores = evaluate(Muser.from_pretrained(tmp_path / "snapshot"), config, index, LOCAL)
+    assert found["val_R@10/text->audio"] == scores["retrieval"]["text->audio"]["R@10"]
+    assert found["val_MRR/spectrogram->text"] == scores["retrieval"]["spectrogram->text"]["MRR"]
+    accuracy = scores["zero_shot"]["instrument"]["spectrogram"]["accuracy"]
+    assert found["val_accuracy/instrument by spectrogram"] == accuracy
+    assert len(found) == 2 * 4 + 2  # no score of the field that the data lacks
