@@ -142,9 +142,13 @@ class EvaluateConfig(Strict):
     data or the templates lack are named and left out."""
     rows: int = 10_000
     """Most validation rows to score, from the first on."""
+    every_samples: int = 0
+    """Samples of training between scores of the model so far, which a task of its own makes while training goes on:
+    on a GPU that no worker has, or on CPUs. 0 means only the trained model is scored."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 1, "evaluate.rows must be at least 1")
+        require(self.every_samples >= 0, "evaluate.every_samples must not be negative")
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,10 @@ OPERATIONAL = frozenset(
         "train.offload",
         "train.zero_stage",
         "train.cache_gradients",
+        "train.log_steps",
+        "train.trackers",
+        "train.profile",
+        "evaluate.every_samples",
         "objective.gather_mib",
     }
 )

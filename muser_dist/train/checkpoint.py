@@ -37,12 +37,12 @@ class Position:
 
     Attributes:
         step: optimizer steps done; with the chunks of a step it is the index of the next chunk.
-        totals: the accounting of rows up to there.
+        totals: the accounting of rows up to there; None at the start.
         seconds: of training up to there, without what was lost to restarts.
     """
 
     step: int
-    totals: dict[str, Any]
+    totals: dict[str, Any] | None
     seconds: float
 
 

@@ -63,6 +63,11 @@ class TrainConfig(Strict):
     """How many of the latest checkpoints stay, and the one with the lowest loss besides."""
     log_steps: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb", "ray"], ...] = ()
+    """Where the lines of metrics.jsonl go besides: event files of TensorBoard in the run's folder, Weights & Biases
+    (key from WANDB_API_KEY), gauges of Ray for its dashboard and Prometheus."""
+    profile: tuple[int, int] | None = None
+    """First and last optimizer step of which each worker writes a trace, for chrome://tracing or Perfetto."""
     max_failures: int = 3
     """How often the run goes on from its last checkpoint after workers died. Nodes that are preempted do not count."""
     hang_seconds: float = 600.0
@@ -114,6 +119,10 @@ class TrainConfig(Strict):
         require(
             self.samples >= self.global_batch,
             f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
+        )
+        require(
+            self.profile is None or 1 <= self.profile[0] <= self.profile[1],
+            "train.profile names the first and the last step, from 1 on, such as 100 110",
         )
         for name in ("lr", "checkpoint_samples", "log_steps", "keep_checkpoints", "hang_seconds"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")

@@ -18,7 +18,7 @@ from torch import Tensor
 from muser_dist.config import RunConfig
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.collectives import sum_over_ranks, world
-from muser_dist.train.average import AVERAGE, optimizer_of
+from muser_dist.train.average import AVERAGE, AveragingAdamW, optimizer_of
 
 
 class Engine(Protocol):
@@ -49,6 +49,10 @@ class Engine(Protocol):
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
+        ...
+
+    def grad_norms(self) -> dict[str, float]:
+        """The same by tower, and of the temperatures and biases as "logits"; a collective."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,6 +102,7 @@ class PlainEngine:
         share.backward()
 
     def step(self, lr_factor: float) -> None:
+        self._optimizer.forget_squares()
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * lr_factor
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
@@ -107,6 +112,9 @@ class PlainEngine:
 
     def grad_norm(self) -> float:
         return self._grad_norm
+
+    def grad_norms(self) -> dict[str, float]:
+        return _by_part(self._optimizer, self._grad_norm)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
@@ -175,6 +183,7 @@ class DeepSpeedEngine:
             self._one_reduction = None
 
     def step(self, lr_factor: float) -> None:
+        self._optimizer.forget_squares()
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * lr_factor
         if self.deepspeed.zero_optimization_stage() == 0:  # there DeepSpeed does not tell it
@@ -189,6 +198,9 @@ class DeepSpeedEngine:
 
     def grad_norm(self) -> float:
         return self._grad_norm
+
+    def grad_norms(self) -> dict[str, float]:
+        return _by_part(self._optimizer, self._grad_norm)
 
     def state_dict(self) -> dict[str, Tensor]:
         import deepspeed
@@ -302,3 +314,10 @@ class DeepSpeedEngine:
             if world()[0] == 0:
                 whole[name] = values.view(shape).cpu()
         return whole
+
+
+def _by_part(optimizer: AveragingAdamW, grad_norm: float) -> dict[str, float]:
+    """A gradient's norm by part of the model, before clipping: which changes no part's share of the squares."""
+    squares = sum_over_ranks(torch.stack([square.double() for square in optimizer.squares.values()]))
+    norms = (squares / squares.sum().clamp(min=1e-300)).sqrt() * grad_norm
+    return dict(zip(optimizer.squares, norms.tolist(), strict=True))

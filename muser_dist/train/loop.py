@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from muser_dist.config import RunConfig, TrainConfig, from_dict
 from muser_dist.data.chunks import Chunk
@@ -17,17 +17,18 @@ from muser_dist.data.storage import Storage
 from muser_dist.errors import CheckpointError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
-from muser_dist.objectives.batch import global_metrics
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.checkpoint import Checkpoints, Position
 from muser_dist.train.dealer import deal_from
 from muser_dist.train.diagnosis import why_not_applied
 from muser_dist.train.engine import DeepSpeedEngine
-from muser_dist.train.metrics import Accounting, Stopwatch
 from muser_dist.train.optimizer import lr_factor
+from muser_dist.train.profiler import Profiler
 from muser_dist.train.runlog import EVENTS, RunLog
 from muser_dist.train.step import to_device, train_step
 from muser_dist.train.store import CheckpointStore
+from muser_dist.train.validation import Validation
+from muser_dist.train.watch import StopTraining, Watch
 
 MODEL = "model"
 """Folder in the run's folder that holds the exported model."""
@@ -37,13 +38,7 @@ STOPPED = "stopped.txt"
 """File in the run's folder that says why training ended before its last step."""
 
 
-_JUDGED_ROWS, _KEPT_REASONS = 1_000, 100
-
 _ANSWER_SECONDS = 10
-
-
-class StopTraining(MuserError):
-    """Going on makes no sense, and neither does trying again. Raised on all ranks at once."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -55,6 +50,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = from_dict(settings["config"], "the run's config")
     timeout = timedelta(seconds=config.train.hang_seconds)
     dist.distributed_c10d.default_pg_timeout = timeout  # for the groups that DeepSpeed makes
+    if (config.folder / STOPPED).exists():  # of a worker that could not go on, nor tell the others
+        return
     survivors = dist.new_group(backend="gloo", timeout=timeout)  # nothing else uses it, so it works when others broke
     try:
         train(config)
@@ -102,12 +99,14 @@ def train(config: RunConfig) -> None:
     checkpoints = Checkpoints(store, train.keep_checkpoints, train.checkpoint_patience, log)
 
     # --- Position ---
-    position = checkpoints.load(engine)
-    first_step = position.step if position else 0
-    accounting = Accounting(config.objective.pairs, position.totals if position else None)
+    position = checkpoints.load(engine) or Position(0, None, 0.0)
+    first_step = position.step
     if log:
         log.go_on_from(first_step)
         deal_from(config.folder, first_step)
+    watch = Watch(config, device, log, first_step, position.totals, position.seconds)
+    profiler = Profiler(train.profile, config.folder, rank)
+    validation = Validation(config)
 
     # --- Data ---
     shard = ray.train.get_dataset_shard("train")
@@ -115,64 +114,52 @@ def train(config: RunConfig) -> None:
     chunks = _own_chunks(blocks, train, first_step, rank, ranks)
 
     # --- Training ---
-    stopwatch, logged_step, seen = Stopwatch(position.seconds if position else 0.0), first_step, Counter[str]()
-    losses: list[float] = []  # since the last checkpoint
     preempted = False
     for step in range(first_step, train.steps):
-        with stopwatch.waiting():
-            mine = [next(chunks) for _ in range(train.chunks_per_worker(ranks))]
-        on_device = [to_device(chunk, modalities, device) for chunk in mine]
-        factor = lr_factor((step + 1) * train.global_batch, train)
-        made = train_step(engine, objective, config, on_device, factor)
-        if not made.applied:
-            raise StopTraining(why_not_applied(made, step + 1, mine, engine.grad_norm(), train))
-        for chunk in mine:
-            accounting.add(chunk)
-
         done = step + 1
         samples = done * train.global_batch
+        profiler.before(done)
+        with watch.stopwatch.waiting("decode"), record_function("data"):
+            mine = [next(chunks) for _ in range(train.chunks_per_worker(ranks))]
+        with watch.stopwatch.waiting("transfer"), record_function("transfer"):
+            on_device = [to_device(chunk, modalities, device) for chunk in mine]
+        made = train_step(engine, watch.timed(objective), config, on_device, lr_factor(samples, train))
+        if not made.applied:
+            raise StopTraining(why_not_applied(made, done, mine, engine.grad_norm(), train))
+        watch.trained_on(mine)
+
         last = done == train.steps
-        save = last or samples // train.checkpoint_samples > (samples - train.global_batch) // train.checkpoint_samples
+        save = last or _passes(train.checkpoint_samples, samples, train)
         if save or done % train.log_steps == 0:
-            values = global_metrics(made.loss)
-            problems = accounting.flush()
-            if log:
-                log.quarantine(problems)
-            values["grad_norm"] = engine.grad_norm()
-            losses.append(values["loss"])
-            seen.update(problem["reason"] for problem in problems if problem["row"] is not None)
-            seen = Counter(dict(seen.most_common(_KEPT_REASONS)))  # some name a file: there is no end of those
-            check_share(accounting.totals, seen, config.data.max_bad_share)
-            metrics: dict[str, Any] = {"step": done, "samples": samples, **values}
-            for p, pair in enumerate(config.objective.pairs):
-                metrics[f"temperature/{pair.first}-{pair.second}"] = 1.0 / made.logits.scale[p].item()
-                if made.logits.bias is not None:
-                    metrics[f"bias/{pair.first}-{pair.second}"] = made.logits.bias[p].item()
-            metrics |= {"lr": train.lr * factor, **accounting.totals}
-            metrics |= stopwatch.lap((done - logged_step) * train.global_batch)
-            metrics["decode_ms_per_row"] = accounting.decode_ms_per_row()
-            logged_step = done
-            if log:
-                log.metrics(metrics)
+            line = watch.line(done, made, engine)
             # A node that is about to go: from now on a checkpoint whenever the last one is written.
             if preempted := _preempted(preempted, log, done):
                 save = save or not checkpoints.writing
-        if save:
-            accounts = accounting.accounts()
-            if log:
-                log.accounts(done, accounts)
-            now = Position(done, dict(accounting.totals), stopwatch.total)
-            checkpoints.save(engine, now, sum(losses) / len(losses))
-            losses = []
-        if (saved := checkpoints.finish() if last else checkpoints.poll()) is not None:
-            ray.train.report({"step": saved, "samples": saved * train.global_batch, "loss": values["loss"]})
+            if scored := validation.poll():
+                watch.scores(*scored)
+        with watch.saving():
+            if save:
+                loss = watch.checkpoint(done)
+                checkpoints.save(engine, Position(done, dict(watch.accounting.totals), watch.seconds), loss)
+            saved = checkpoints.finish() if last else checkpoints.poll()
+        if saved is not None:
+            ray.train.report({"step": saved, "samples": saved * train.global_batch, "loss": line["loss"]})
+        if config.evaluate.every_samples and not last and _passes(config.evaluate.every_samples, samples, train):
+            validation.start(done, engine.state_dict())
 
     # --- Export ---
+    profiler.close()
     weights = engine.state_dict()
     if log:
         save_model(config.folder / MODEL, weights, config)
-        log.close()
+    validation.close()
+    watch.close()
     dist.barrier()
+
+
+def _passes(every: int, samples: int, train: TrainConfig) -> bool:
+    """Whether the last step has come to a multiple of so many samples, or past one."""
+    return samples // every > (samples - train.global_batch) // every
 
 
 def _preempted(before: bool, log: RunLog | None, step: int) -> bool:
@@ -181,18 +168,6 @@ def _preempted(before: bool, log: RunLog | None, step: int) -> bool:
     if log and notice and not before:
         log.event("preemption", step, ranks=notice.preempted_ranks, deadline_ms=notice.deadline_ms)
     return notice is not None
-
-
-def check_share(totals: dict[str, Any], reasons: Counter[str], most: float) -> None:
-    """Raises StopTraining when too many of the rows read so far are quarantined."""
-    read, bad = totals["rows_read"], totals["rows_quarantined"]
-    if bad == read or (read >= _JUDGED_ROWS and bad > most * read):
-        reason, count = next(iter(reasons.most_common(1)), ("?", 0))
-        what = "none" if bad == read else f"{read - bad:,}"
-        raise StopTraining(
-            f"{what} of the first {read:,} rows of training can be used; the most frequent reason ({count:,} times): "
-            f"{reason}. quarantine.jsonl names them all. Mend the data, or raise --data.max-bad-share ({most:g})"
-        )
 
 
 def _own_chunks(

@@ -1,10 +1,7 @@
-"""What a run counts while it trains: every row that it was dealt, and where time goes."""
+"""Every row that a run was dealt is counted: read = used + quarantined."""
 
 import json
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -125,36 +122,3 @@ class Accounting:
         self._read.clear()
         self._used.clear()
         return lines
-
-
-class Stopwatch:
-    """Times of the steps since the last lap: what was spent waiting for data, and overall.
-
-    Attributes:
-        total: seconds of training up to the last lap, those before a restart included.
-    """
-
-    def __init__(self, total: float = 0.0) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self.total = total
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the block as time spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def lap(self, samples: int) -> dict[str, float]:
-        """Seconds, samples per second and the share of waiting since the last lap."""
-        now = time.perf_counter()
-        seconds = now - self._start
-        times = {
-            "seconds": round(seconds, 3),
-            "samples_per_second": round(samples / seconds, 2),
-            "wait_share": round(self._waited / seconds, 4),
-        }
-        self.total += seconds
-        self._start, self._waited = now, 0.0
-        return times

@@ -13,16 +13,16 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
     """AdamW's groups: a learning rate per tower (with its head), no decay on temperatures, biases and norms.
 
     Returns:
-        groups with "params", "lr" (the peak) and "weight_decay", in a fixed order.
+        groups with "params", "lr" (the peak), "weight_decay" and "part" (the tower, or "logits"), in a fixed order.
     """
-    parts: list[tuple[nn.Module, float]] = []
+    parts: list[tuple[str, nn.Module, float]] = []
     for name, tower in config.model.towers().items():
         lr = tower.lr if tower.lr is not None else config.train.lr
-        parts.append((nn.ModuleList([model.towers[name], model.heads[name]]), lr))
-    parts.append((model.logits, config.train.lr))
+        parts.append((name, nn.ModuleList([model.towers[name], model.heads[name]]), lr))
+    parts.append(("logits", model.logits, config.train.lr))
 
     groups = []
-    for part, lr in parts:
+    for label, part, lr in parts:
         trainable = [parameter for parameter in part.parameters() if parameter.requires_grad]
         # Temperatures have shape [1]; biases, norms and layer scales are vectors too.
         for params, decay in (
@@ -30,7 +30,7 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
             ([p for p in trainable if p.ndim < 2], 0.0),
         ):
             if params:
-                groups.append({"params": params, "lr": lr, "weight_decay": decay})
+                groups.append({"params": params, "lr": lr, "weight_decay": decay, "part": label})
     return groups
 
 

@@ -24,6 +24,7 @@ from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.registry import check_objective
 from muser_dist.train.loop import MODEL
 from muser_dist.train.store import CheckpointStore
+from muser_dist.train.trackers import check_trackers
 
 # Models of at most this size are tried on one row before anything starts; the machine that a job
 # starts from may have little memory.
@@ -41,6 +42,9 @@ def check_settings(config: RunConfig) -> int:
     for source in config.data.sources:
         check_templates(source.templates, f"data.sources: templates of {source.name}")
     check_objective(config)
+    check_trackers(config.train.trackers)
+    if config.evaluate.every_samples and not config.data.val:
+        raise ConfigError("evaluate.every_samples: there is nothing to score; give --data.val, or leave it 0")
     smallest = min((source.weight for source in config.data.sources), default=1.0)
     if smallest * config.train.global_batch < sum(source.weight for source in config.data.sources):
         raise ConfigError(

@@ -20,7 +20,10 @@ EVENTS = "events.jsonl"
 QUARANTINE = "quarantine.jsonl"
 ACCOUNTS = "accounts.jsonl"
 
-TIMES = ("time", "seconds", "samples_per_second", "wait_share", "decode_ms_per_row")
+TIMES = (
+    *("time", "seconds", "samples_per_second", "wait_share", "decode_wait_share", "transfer_share", "rank_wait_share"),
+    *("straggler", "decode_ms_per_row", "checkpoint_seconds", "restarts"),
+)
 """Fields of metrics.jsonl that differ between two runs of the same seed."""
 
 
@@ -35,6 +38,7 @@ class RunLog:
     def __init__(self, config: RunConfig, workers: int) -> None:
         self._config, self._workers = config, workers
         self._before = last_line(config.folder / METRICS)  # of an earlier start of this run
+        self._restarts = sum(event["event"] == "start" for event in read_lines(config.folder / EVENTS))
         self._events = (config.folder / EVENTS).open("a")
 
     def go_on_from(self, step: int) -> None:
@@ -65,7 +69,7 @@ class RunLog:
     def metrics(self, line: dict[str, Any]) -> None:
         """Writes a line of metrics; the first that is further than the run has been tells what the restart cost."""
         now = time.time()
-        self._metrics.write(json.dumps(line | {"time": now}) + "\n")
+        self._metrics.write(json.dumps(line | {"time": now, "restarts": self._restarts}) + "\n")
         self._metrics.flush()
         if self._before and line["step"] > self._before["step"]:
             new = (line["step"] - self._before["step"]) * self._config.train.global_batch

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from muser_dist.config import Modality, RunConfig
 from muser_dist.data.chunks import Chunk
@@ -86,26 +87,29 @@ def train_step(
     """
     batch = Batch.join([chunk.batch for chunk in chunks])
     cached = config.train.cache_gradients and len(chunks) > 1
-    with torch.set_grad_enabled(not cached):
+    with torch.set_grad_enabled(not cached), record_function("encode"):
         encoded = [engine.encode(tensors, moment) for tensors, moment in _inputs(chunks, engine.device)]
     logits = {name: encoded[-1][name] for name in _OF_LOGITS if name in encoded[-1]}
     features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1] if name not in logits}
     if cached:
         for leaf in (*features.values(), *logits.values()):
             leaf.requires_grad_()
-    loss = objective(features, Logits(**logits), batch, config.objective)
-    if not cached:
-        engine.backward(loss.share)
-    else:
-        loss.share.backward()
-        _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
+    with record_function("objective"):
+        loss = objective(features, Logits(**logits), batch, config.objective)
+    with record_function("backward"):
+        if not cached:
+            engine.backward(loss.share)
+        else:
+            loss.share.backward()
+            _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
     most = config.train.max_loss
     applied = not (most and sum_over_ranks(loss.share).item() > most)
-    if applied:
-        engine.step(lr_factor)
-        applied = math.isfinite(engine.grad_norm())
-    if applied:
-        update_running_statistics(engine.model)
+    with record_function("update"):
+        if applied:
+            engine.step(lr_factor)
+            applied = math.isfinite(engine.grad_norm())
+        if applied:
+            update_running_statistics(engine.model)
     return Step(
         Loss(loss.share.detach(), loss.metrics),
         Logits(**{name: value.detach() for name, value in logits.items()}),

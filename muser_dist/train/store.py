@@ -106,7 +106,7 @@ class CheckpointStore:
         """Steps for which there is a folder, in order, and whether it is complete."""
         self._fs.invalidate_cache()
         found = []
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for path in self._fs.ls(self._path, detail=False):
                 kind, _, step = str(path).rstrip("/").rpartition("/")[2].rpartition("-")
                 if kind == "checkpoint" and step.isdigit():

@@ -40,6 +40,8 @@ def run_config(corpus: Path, storage: Path, name: str) -> RunConfig:
             "chunk": 4,
             "checkpoint_samples": 64,
             "max_failures": 2,
+            "trackers": ("tensorboard",),
+            "profile": (2, 3),
         },
         data={"train": (f"{corpus}/train-*.tar",), "val": (f"{corpus}/val-*.tar",)},
         objective=ObjectiveConfig(name="tests.cluster.plugins:faulty"),
@@ -170,6 +172,31 @@ def test_the_run_leaves_everything_behind(straight):
         "spectrogram->text",
     }
     assert "<svg" in (straight / "report.html").read_text()
+
+
+def test_what_a_run_is_watched_by(straight):
+    line = read_lines(straight / "metrics.jsonl")[-1]
+    parts = [line[f"grad_norm/{part}"] for part in ("audio", "spectrogram", "text", "logits")]
+    assert np.linalg.norm(parts) == pytest.approx(line["grad_norm"], rel=1e-5) and min(parts[:3]) > 0
+    assert {"variance/audio", "alignment/audio-text", "duplicates", "rank_wait_share", "restarts"} <= line.keys()
+    assert {path.name for path in (straight / "profile").iterdir()} == {
+        f"rank{rank}-steps-2-3.json.gz" for rank in range(2)
+    }
+    assert list((straight / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.slow
+def test_the_model_is_scored_while_it_trains(cluster, corpus, storage):
+    config = run_config(corpus, storage, "scored")
+    config = replace(config, evaluate=replace(config.evaluate, every_samples=32))
+    arm(cluster, "slow", 0, seconds=1.0)  # else training is over before a score is there
+    try:
+        scored = pretrain(config, ["test"])
+    finally:
+        (cluster / "slow-1").unlink()
+    scores = [event for event in read_lines(scored / EVENTS) if event["event"] == "validation"]
+    assert scores and scores[0]["step"] == 2 and 0 <= scores[0]["val_R@10/text->audio"] <= 1
+    assert not (scored / "snapshot").exists()
 
 
 def test_the_same_command_again_trains_nothing_and_another_config_is_refused(straight, corpus, storage, capsys):

@@ -116,7 +116,10 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
         ),
         ({"samples": 4}, r"train\.samples \(4\) is less than one global batch"),
         ({"lr": 0.0}, r"train\.lr must be positive"),
-        ({"workers": 0}, r"train\.workers must be at least 1"),
+        ({"workers": 0}, r"train\.workers is 0; give a number of at least 1, or a range such as 2:8"),
+        ({"workers": "3:2", "resource": "trainer"}, r"train\.workers is '3:2'; the first number of a range"),
+        ({"workers": "1:2"}, r"nothing but CPUs would limit the workers.*--train\.resource NAME"),
+        ({"profile": (3, 2)}, r"train\.profile names the first and the last step"),
     ],
 )
 def test_settings_that_contradict_each_other(changes, message):
@@ -151,6 +154,8 @@ def test_the_command_line_overrides_any_field():
     )
     assert config.data.train == ("a.tar", "b.tar")
     assert config.train.workers == 3
+    elastic = parse_run(["tiny", "--train.workers", "2:8", "--train.resource", "trainer"], "test").train
+    assert elastic.worker_range == (2, 8)
     assert config.model.text.options["width"] == 64
     assert config.model.audio.lr == 1e-5
     assert config.objective.temperature.learnable is False

@@ -7,8 +7,8 @@ import pytest
 
 from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Problem
-from muser_dist.train.loop import StopTraining, check_share
 from muser_dist.train.metrics import Accounting
+from muser_dist.train.watch import StopTraining, check_share
 
 PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
 
