@@ -1,6 +1,8 @@
 """Floating point operations of a model's towers by count, and of devices by their makers' tables."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from synthetic import synthetic_chunk
@@ -54,10 +56,24 @@ def of_towers(config: RunConfig) -> Counts:
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             encoded = model(batch, (0, 0))
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as backward:
             torch.stack([encoded[name].sum() for name in config.model.towers()]).sum().backward()
     parameters = sum(p.numel() for p in model.parameters())
     return Counts(forward.get_total_flops() / 2, backward.get_total_flops() / 2, parameters)
+
+
+def _convolution_backward(grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_: Any) -> int:
+    """As many for the gradient of the input, and for that of the weights, as forward.
+
+    torch's own formula forgets that groups do not see each other: of a depthwise convolution it counts as many times
+    too much as there are channels.
+    """
+    *_, transposed, _, _, wanted = rest
+    positions = math.prod((x_shape if transposed else grad_shape)[2:])
+    return 2 * x_shape[0] * positions * math.prod(w_shape) * sum(wanted[:2])
+
+
+_FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def forwards(config: RunConfig, chunks: int) -> int:

@@ -28,17 +28,17 @@ def _head(results: dict[str, Any], name: str) -> str:
     train, model = results["config"]["train"], results["model"]
     rounds = 1 + max(row["round"] for row in results["rows"] if row["task"] == "speed")
     steps = len(results["rows"][0]["step_seconds"])
-    passes = "encoded twice (GradCache) where a rank has several" if train["cache_gradients"] else "encoded once"
+    passes = "encoded twice where a rank has several (GradCache)" if train["cache_gradients"] else "encoded once"
     where = "one GPU" if results["gpu"] else "one thread of the CPU"
     return f"""{head("The training step under Ray, under torchrun, and without", results, name)}
 
 `{results["recipe"]}`: {model["parameters"] / 1e6:.1f} M parameters, ZeRO {train["zero_stage"]}, {train["precision"]},
-global batch {train["global_batch"]} in chunks of {train["chunk"]}, {passes}. A step is what
-`muser_dist/train/loop.py` does from decoded chunks to updated parameters; the chunks are synthetic and the same under
-each launcher. Each rank has {where}.
+global batch {train["global_batch"]} in chunks of {train["chunk"]}, {passes}.
+A step is what `muser_dist/train/loop.py` does from decoded chunks to updated parameters; the chunks are synthetic and
+the same under each launcher. Each rank has {where}.
 
 Each run starts its processes anew, so that the machine has nothing of another launcher's on it, warms up, and measures
-{steps} steps. Launchers take turns over {rounds} rounds, in the opposite order every other one; ratios are medians of
+{steps} steps. Launchers take turns over {rounds} round{"s" * (rounds > 1)}, in the opposite order every other one; ratios are medians of
 the rounds' ratios.
 
 {chr(10).join(f"- **{launcher}**: {what}" for launcher, what in _WHAT.items() if _of(results, "speed", launcher))}"""
@@ -67,16 +67,16 @@ def _speed(results: dict[str, Any]) -> str:
     share = (
         "MFU counts them over the maker's rate of dense bfloat16 products, HFU with GradCache's second forward pass. "
         if gpu
-        else "A CPU has no agreed peak, so no MFU: "
+        else "A CPU has no agreed peak, so no MFU. "
     )
     return f"""## Speed and memory
 
 {table(titles, rows)}
 
 Operations are those of the towers' products and convolutions, forward and backward, a second forward pass not counted
-({_gflop(results):.1f} GFLOP a sample). {share}The matrix rate is that of a large
-square product that the same process measures before it begins. Memory is that {of}, the most of all ranks; "before"
-is what it was before the model was made. CPU time is that of the ranks alone."""
+({_gflop(results):.1f} GFLOP a sample). {share}
+The matrix rate is that of a large square product, which the same process measures before it begins. Memory is what is
+{of}, the most of all ranks; "before" is before the model was made. CPU time is that of the ranks alone."""
 
 
 def _phases(results: dict[str, Any]) -> str:

@@ -33,17 +33,19 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-class OneProduct(nn.Module):
-    """A tower that is one matrix."""
+class Grouped(nn.Module):
+    """A tower of a matrix and a convolution each of whose four channels sees itself alone."""
 
-    width = 6
+    width = 20
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__()
         self.layer = nn.Linear(data.crop_samples, self.width)
+        self.convolution = nn.Conv1d(4, 4, 3, padding=1, groups=4)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.layer(batch["audio"].to(self.layer.weight.dtype))
+        hidden = self.layer(batch["audio"].to(self.layer.weight.dtype))
+        return self.convolution(hidden.view(-1, 4, 5)).flatten(1)
 
 
 def recipe() -> RunConfig:
@@ -56,7 +58,7 @@ def test_counts_what_a_pencil_counts(benchmark) -> None:
     config = RunConfig(
         data=DataConfig(sample_rate=1_000, crop_seconds=samples / 1_000, vocabulary=64, max_tokens=tokens),
         model=ModelConfig(
-            audio=TowerConfig(f"{__name__}:OneProduct"),
+            audio=TowerConfig(f"{__name__}:Grouped"),
             text=TowerConfig("text", {"width": width, "depth": depth, "heads": 2}),
             projection_dim=joint,
         ),
@@ -64,11 +66,12 @@ def test_counts_what_a_pencil_counts(benchmark) -> None:
     )
     layer = 4 * 2 * tokens * width**2 + 2 * 2 * tokens * width * 4 * width + 2 * 2 * tokens**2 * width
     text = depth * layer + 2 * tokens * width + 2 * width * joint  # the layers, the mean over tokens, the head
-    first, head = 2 * samples * OneProduct.width, 2 * OneProduct.width * joint
+    first = 2 * samples * Grouped.width
+    then = 2 * 5 * 3 * 4 + 2 * Grouped.width * joint  # five positions, kernels of three, four channels; the head
     counts = benchmark("flops").of_towers(config)
-    assert counts.forward == text + first + head
+    assert counts.forward == text + first + then
     # Twice the forward pass, but where no gradient goes on: to the waveform, and to the mask of the mean.
-    assert counts.backward == 2 * (text + head) - 2 * tokens * width + first
+    assert counts.backward == 2 * (text + then) - 2 * tokens * width + first
     assert counts.hardware(forwards=2) == counts.model + counts.forward
 
 
