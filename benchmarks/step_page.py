@@ -38,8 +38,8 @@ A step is what `muser_dist/train/loop.py` does from decoded chunks to updated pa
 the same under each launcher. Each rank has {where}.
 
 Each run starts its processes anew, so that the machine has nothing of another launcher's on it, warms up, and measures
-{steps} steps. Launchers take turns over {rounds} round{"s" * (rounds > 1)}, in the opposite order every other one; ratios are medians of
-the rounds' ratios.
+{steps} steps. Launchers take turns, in the opposite order every other round; ratios are medians of those
+in each of {rounds} rounds.
 
 {chr(10).join(f"- **{launcher}**: {what}" for launcher, what in _WHAT.items() if _of(results, "speed", launcher))}"""
 
