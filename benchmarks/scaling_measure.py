@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from step_measure import Trainer, meet
 from synthetic import synthetic_chunk
+from torch import Tensor
 
 from muser_dist.config import RunConfig, from_dict
 from muser_dist.objectives.batch import Batch, Logits
@@ -30,25 +32,25 @@ def cells(setting: dict[str, Any], device: torch.device) -> list[dict[str, Any]]
     """
     config = from_dict(setting["config"], "the benchmark's config")
     rank, ranks = world()
-    cases: list[tuple[dict[str, Any], Callable[[], None]]] = []
+    cases: list[tuple[dict[str, Any], Callable[[], Any]]] = []
     trainer = Trainer(config, device)
     for chunks in setting["chunks"]:
         of_rank = [synthetic_chunk(config, rank + i * ranks) for i in range(chunks)]
         size = {"chunks": chunks, "rows": chunks * config.train.chunk * ranks}
-        cases.append(({"kind": "step"} | size, lambda of_rank=of_rank: _step(trainer, of_rank)))
+        cases.append(({"kind": "step"} | size, partial(_step, trainer, of_rank)))
     for rows in setting["rows"]:
         cases.append(({"kind": "loss", "rows": rows}, _loss(config, rows // ranks, rank, device)))
     for megabytes in setting["megabytes"] if ranks > 1 else ():
         mine = torch.zeros(round(megabytes * 1e6 / 4 / ranks) * ranks)
         part = mine[: len(mine) // ranks].clone()
         size = {"bytes": mine.nbytes}
-        cases.append(({"kind": "all_reduce"} | size, lambda x=mine: dist.all_reduce(x)))
-        cases.append(({"kind": "all_gather"} | size, lambda x=mine, part=part: dist.all_gather_into_tensor(x, part)))
+        cases.append(({"kind": "all_reduce"} | size, partial(dist.all_reduce, mine)))
+        cases.append(({"kind": "all_gather"} | size, partial(dist.all_gather_into_tensor, mine, part)))
     return _take_turns(cases, setting["rounds"], device)
 
 
 def _take_turns(
-    cases: list[tuple[dict[str, Any], Callable[[], None]]], rounds: int, device: torch.device
+    cases: list[tuple[dict[str, Any], Callable[[], Any]]], rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
     seconds: list[list[float]] = [[] for _ in cases]
     received: list[list[int]] = [[] for _ in cases]
@@ -78,7 +80,7 @@ def _loss(config: RunConfig, b: int, rank: int, device: torch.device) -> Callabl
     """The loss of so many rows for each rank, and its gradient with respect to their features."""
     objective = load_objective(config.objective)
     g = torch.Generator().manual_seed(rank)
-    features = {
+    features: dict[str, Tensor] = {
         name: torch.randn(b, config.model.projection_dim, generator=g).to(device).requires_grad_()
         for name in config.model.towers()
     }
