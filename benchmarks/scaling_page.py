@@ -44,7 +44,8 @@ def _measured(results: dict[str, Any]) -> str:
 
 `{results["recipe"]}`, gloo on the loopback device, one thread a process; medians of
 {len(results["rows"][0]["each_seconds"])} rounds, all cells of a W taking turns in the same processes. "step" is the
-whole training step with DeepSpeed, "loss" the loss and its gradient alone.
+whole training step with DeepSpeed, "loss" the loss and its gradient alone. Bytes are from the counters of the loopback
+device, which also see headers, barriers and other programs.
 
 {table(titles, rows)}"""
 
