@@ -13,6 +13,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -59,7 +60,7 @@ def run(options: Local, folder: str, token: str) -> None:
     """Starts the nodes, says how to use them, and takes them down after a SIGINT or SIGTERM."""
     from ray.cluster_utils import Cluster
 
-    node = {
+    node: dict[str, Any] = {
         "num_cpus": options.cpus,
         "object_store_memory": options.object_store_mib << 20,
         "node_ip_address": _LOOPBACK,

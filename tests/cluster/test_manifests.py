@@ -14,10 +14,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.preflight import BLOCK_BYTES
 from muser_dist import __version__
 from muser_dist.cli import parse_run
 from muser_dist.data.config import DataConfig
+from preflight import BLOCK_BYTES
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from cluster import preflight
-from cluster.preflight import Finding, Preflight, Probe
+import preflight
+from preflight import Finding, Preflight
+from probe import Probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +61,21 @@ def test_it_finds_a_version_mismatch_unwritable_storage_and_a_tiny_object_store(
     # What is sound is not complained of.
     assert findings["nodes"]["verdict"] == findings["GPUs"]["verdict"] == findings["decoding"]["verdict"] == "ok"
     assert findings["collective"]["verdict"] != "broken" and "gloo" in findings["collective"]["what"]
+
+
+@pytest.mark.slow
+def test_a_node_that_hangs_is_named_and_the_others_are_checked(address, tmp_path):
+    (raylet,) = (p for p in psutil.Process().children(recursive=True) if "--node-name=faulty" in p.cmdline())
+    raylet.suspend()
+    try:
+        done, findings = check(address, tmp_path, "--storage", str(tmp_path / "runs"), "--timeout", "15")
+    finally:
+        raylet.resume()
+    assert done.returncode == 1
+    assert findings["nodes"]["verdict"] == "broken"
+    assert "faulty" in findings["nodes"]["what"] and "no answer in 15 s" in findings["nodes"]["what"]
+    assert "sound" not in findings["nodes"]["what"]
+    assert findings["storage"]["verdict"] == findings["versions"]["verdict"] == "ok"
 
 
 # --- The verdicts, on nodes that a test makes up ---
