@@ -325,7 +325,7 @@ def test_the_image_is_made_by_the_readmes_steps():
 # --- Secrets, and the page ---
 
 
-@pytest.mark.parametrize("file", [*sorted(CLUSTER.glob("*.*")), CLUSTER / "Dockerfile", ROOT / "docs" / "cluster.md"])
+@pytest.mark.parametrize("file", [*filter(Path.is_file, sorted(CLUSTER.iterdir())), ROOT / "docs" / "cluster.md"])
 def test_no_file_holds_a_secret(file):
     assert not LITERAL.search(file.read_text())
 

@@ -102,7 +102,9 @@ class Elsewhere(Probe):
         return super().write(path.replace("/runs/", "/elsewhere/"), size, seed)
 
     def read(self, files, size):
-        return super().read({path.replace("/runs/", "/elsewhere/"): seed for path, seed in files.items()}, size)
+        here = {path.replace("/runs/", "/elsewhere/"): path for path in files}
+        wrong = super().read({path: files[there] for path, there in here.items()}, size)
+        return {here[path]: reason for path, reason in wrong.items()}
 
 
 class Decoding(Probe):
