@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def job(arguments: list[str]) -> None:
             "RAY_TMPDIR": folder,  # not where a note tells the address of another cluster of this machine
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all addresses are the loopback interface's, on Linux too
             "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # the `python` of jobs
         }
         os.environ.pop("RAY_ADDRESS", None)
         run(options, folder, token)
