@@ -9,6 +9,7 @@ then shows what there is and says what there is not.
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
@@ -129,6 +130,9 @@ def _flat(values: Values, path: str = "") -> Iterator[tuple[str, str]]:
 
 # Headline
 
+_SPARE = 1.2
+"""How much faster than it is used data should be decoded, or workers wait for it now and then."""
+
 
 def _planned(config: Values) -> tuple[float, float]:
     """Samples that the run is to see, and those between two lines of metrics.jsonl; NaN where unknown."""
@@ -159,6 +163,7 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
     for key, what in (("wait_share", "data"), ("rank_wait_share", "other workers")):
         if waits := _recorded(metrics, key):
             facts.append((f"Time waiting for {what}, mean", percent(sum(waits) / len(waits))))
+    facts += _supply(metrics[1:])  # the first line holds the start
     if late := Counter(_recorded(metrics, "straggler")).most_common(1):
         facts.append(
             ("Slowest worker", f"{amount(late[0][0])}, in {amount(late[0][1])} of {amount(len(metrics))} lines")
@@ -174,6 +179,25 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
         "rows_in_val": "Rows read that validation holds too",
     }
     return facts + [(label, amount(last[key])) for key, label in counts.items() if key in last]
+
+
+def _supply(metrics: list[Values]) -> list[tuple[str, str]]:
+    """Whether decoding could keep up with training, and how long that was waited for."""
+    wanted, costs, slots = (
+        _recorded(metrics, key) for key in ("samples_per_second", "decode_ms_per_row", "decode_slots")
+    )
+    if not (wanted and slots) or min(costs, default=0.0) <= 0:
+        return []
+    most, used = 1000 * statistics.median(slots) / statistics.median(costs), statistics.median(wanted)
+    waits = _recorded(metrics, "wait_share")
+    enough = most >= _SPARE * used
+    verdict = (
+        "enough" if enough else f"less than {_SPARE} times what training takes: give more slots or nodes to decode"
+    )
+    return [
+        ("Time waiting for data after the first line, mean", percent(sum(waits) / len(waits))),
+        ("Decoding", f"up to {amount(most)} rows/s for {amount(used)} samples/s, {verdict}"),
+    ]
 
 
 def _recorded(metrics: list[Values], key: str) -> list[float]:

@@ -26,6 +26,11 @@ def deal_from(folder: Path, step: int) -> None:
     write_whole(folder / _POSITION, json.dumps({"step": step}))
 
 
+def decoding_slots(config: RunConfig, workers: int) -> int:
+    """CPUs of the cluster that are left to decode beside so many workers; at least one."""
+    return max(1, int(ray.cluster_resources()["CPU"] - workers * config.train.cpus_per_worker))
+
+
 class Dealer(ray.train.DataConfig):
     """Deals the chunks that are left of the run: chunk j of a step to worker j mod W, whatever W is now.
 
@@ -44,8 +49,7 @@ class Dealer(ray.train.DataConfig):
         """Ray Train's hook: called when rank 0 asks for its data."""
         config = self._config
         first_step = json.loads((config.folder / _POSITION).read_text())["step"]
-        free = ray.cluster_resources()["CPU"] - world_size * config.train.cpus_per_worker
-        slots = max(1, int(free))
+        slots = decoding_slots(config, world_size)
         reader = self._reader.for_workers(world_size)
         dataset = ray_dataset(reader, first_step, config.train.steps, slots)
         dataset.context.execution_options = execution_options(

@@ -12,6 +12,8 @@ from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.errors import MuserError
 from muser_dist.objectives.batch import Loss, Objective, global_metrics
+from muser_dist.objectives.collectives import world
+from muser_dist.train.dealer import decoding_slots
 from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.health import batch_health
 from muser_dist.train.metrics import Accounting
@@ -60,6 +62,7 @@ class Watch:
         self.seconds = seconds
         self._trackers = trackers_of(config.train.trackers, config, step) if log else None
         self._logged_step = step
+        self._slots = decoding_slots(config, world()[1])
         self._reasons: Counter[str] = Counter()
         self._losses: list[float] = []  # since the last checkpoint
         self._saving = 0.0
@@ -122,6 +125,7 @@ class Watch:
         line |= {"lr": train.lr * lr_factor(samples, train), **self.accounting.totals}
         line |= self.stopwatch.lap((done - self._logged_step) * train.global_batch)
         line["decode_ms_per_row"] = self.accounting.decode_ms_per_row()
+        line["decode_slots"] = self._slots
         line["checkpoint_seconds"] = round(self._saving, 3)
         self.seconds += line["seconds"]
         self._logged_step, self._saving = done, 0.0

@@ -36,7 +36,7 @@ def run_config(corpus: str, storage: str, steps: int = STEPS) -> RunConfig:
             "checkpoint_samples": 20 * BATCH,
             "max_failures": 5,
         },
-        data={"train": (f"{corpus}/train-*.tar",)},
+        data={"train": (f"{corpus}/train-*.tar",), "max_bad_share": 1.0},
         objective=ObjectiveConfig(name="tests.cluster.plugins:faulty"),
         name="elastic",
         storage=storage,

@@ -159,6 +159,23 @@ def test_what_watching_records_is_shown(tmp_path):
     assert "Seconds stopped for checkpoints 1 " in words
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "said"),
+    [
+        (20.0, "up to 100 rows/s for 40 samples/s, enough"),
+        (42.0, "up to 47.6 rows/s for 40 samples/s, less than 1.2 times what training takes: give more slots"),
+    ],
+)
+def test_the_page_says_whether_decoding_keeps_up(tmp_path, milliseconds, said):
+    supply = {"decode_ms_per_row": milliseconds, "decode_slots": 2, "samples_per_second": 40.0}
+    lines = [metrics_line(10, **supply | {"wait_share": 0.9})]
+    lines += [metrics_line(step, **supply | {"wait_share": 0.04}) for step in (20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    words = " ".join(re.sub(r"<[^>]*>", " ", check(write_report(tmp_path)).html).split())
+    assert said in words
+    assert "Time waiting for data after the first line, mean 4.0 %" in words
+
+
 def test_text_from_data_is_only_text(tmp_path):
     write_run(tmp_path, HOSTILE)
     page = check(write_report(tmp_path))
