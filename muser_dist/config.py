@@ -30,6 +30,31 @@ class TowerConfig(Strict):
     """Arguments of the tower's constructor: its sizes. Each tower's docstring lists them."""
     lr: float | None = None
     """Peak learning rate of this tower and its head; train.lr when not given."""
+    freeze: bool = False
+    """Keeps the tower's weights as they are (dropout off, batch norms with running statistics) and trains its head
+    only. It runs forward once, also where chunks are encoded twice."""
+    cache_rows: int = 0
+    """Rows of a frozen text tower's output that a worker keeps, so that a text that comes again is not encoded again
+    (width x 4 bytes each, on its device). 0 keeps none."""
+    checkpoint_activations: bool = False
+    """Keeps of each layer its input alone, and runs it once more in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile in training. Takes a minute or more at the start; needs a C++ compiler on CPUs, Triton on GPUs."""
+
+    def __post_init__(self) -> None:
+        require(self.cache_rows >= 0, "cache_rows of a tower must not be negative")
+        require(
+            self.cache_rows == 0 or self.freeze,
+            "cache_rows keeps outputs of a tower that does not change; give freeze too (--model.text.freeze)",
+        )
+        require(
+            not (self.cache_rows and self.compile),
+            "cache_rows runs a tower on as many rows as are missing, compile makes code for one number; choose one",
+        )
+        require(
+            not (self.freeze and self.checkpoint_activations),
+            "checkpoint_activations does nothing for a tower with freeze, which keeps no activations; leave it out",
+        )
 
 
 @dataclass(frozen=True)
