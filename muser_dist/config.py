@@ -77,6 +77,11 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         require(len(self.towers()) >= 2, "model has fewer than two towers; contrasting needs two modalities")
         require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
+        for name, tower in self.towers().items():
+            require(
+                tower.cache_rows == 0 or name == "text",
+                f"model.{name}.cache_rows: only texts come again as they were; leave it out",
+            )
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,11 @@ class RunConfig(Strict):
             self.objective.targets != "same_label" or bool(self.data.label),
             'objective.targets "same_label" needs the name of a metadata field: data.label',
         )
+        require(
+            self.train.zero_stage < 3 or self.model.text is None or self.model.text.cache_rows == 0,
+            "model.text.cache_rows: at ZeRO-3 a rank that has no text to encode would leave the others waiting; "
+            "give --train.zero-stage 2 or less, or --model.text.cache-rows 0",
+        )
         require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":
@@ -320,6 +330,11 @@ OPERATIONAL = frozenset(
         "train.max_failures",
         "train.cache_gradients",
         "objective.gather_mib",
+        *(
+            f"model.{name}.{field}"
+            for name in MODALITIES
+            for field in ("checkpoint_activations", "compile", "cache_rows")
+        ),
     }
 )
 """Settings that do not change what a run computes, rounding aside: they may differ when it goes on."""
