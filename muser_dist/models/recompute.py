@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from muser_dist.models.batch_norm import Repetition
@@ -45,7 +46,7 @@ class _Recomputed:
         if torch.compiler.is_compiling():  # which takes the pass for a function, and its random numbers for values
             return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         return checkpoint(
-            self.forward,
+            self._run,
             *args,
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), Repetition(self.layer)),
@@ -53,3 +54,25 @@ class _Recomputed:
             early_stop=False,
             **kwargs,
         )
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, _Kept.apply, self.forward(*args, **kwargs))
+
+
+class _Kept(torch.autograd.Function):
+    """The identity, which asks for its input before it passes a gradient on.
+
+    As a layer's last operation it makes the layer be repeated before its backward pass reaches any module inside.
+    Otherwise that would happen at the first operation that kept something; at ZeRO-3 the module of that one has
+    its parameters gathered by then, and the repetition lets them go.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grads[0]

@@ -16,7 +16,7 @@ from tests.distributed.loss_cells import TOLERANCE, errors
 from tests.distributed.test_gradients import plain
 from tests.models.test_frozen import with_towers
 from tests.models.test_model import batch_of
-from tests.models.test_recompute import config_with
+from tests.models.test_recompute import config_with, recomputed
 
 
 def compiled(config: RunConfig, *modalities: str) -> RunConfig:
@@ -46,12 +46,13 @@ def small(**audio) -> RunConfig:
     return with_towers(config, audio={"build": f"{__name__}:Small", "options": {}} | audio)
 
 
-def same_gradients(config: RunConfig, *modalities: str) -> None:
+def same_gradients(config: RunConfig, *modalities: str, tolerance: float = TOLERANCE) -> None:
     (value, got), (exact, want) = plain(compiled(config, *modalities)), plain(config)
-    assert value == pytest.approx(exact, rel=TOLERANCE)
-    assert max(errors(got, {name: g.double() for name, g in want.items()}).values()) <= TOLERANCE
+    assert value == pytest.approx(exact, rel=tolerance)
+    assert max(errors(got, {name: g.double() for name, g in want.items()}).values()) <= tolerance
 
 
+@pytest.mark.slow
 def test_training_runs_the_compiled_tower_with_the_same_dropout():
     EAGER.clear()
     plain(compiled(small(), "audio"))  # both passes over each chunk
@@ -75,7 +76,7 @@ def test_inference_and_copies_are_not_compiled_and_names_stay(tmp_path):
 
 
 def test_without_a_compiler_the_option_is_named():
-    config = compiled(small(width=5), "audio")
+    config = compiled(small(options={"width": 5}), "audio")
     patch = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
     with (
         patch,
@@ -85,6 +86,9 @@ def test_without_a_compiler_the_option_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spectrogram", ["convnext_atto", "resnet10t"])
-def test_every_tower_gives_the_same_gradients_compiled(spectrogram):
-    same_gradients(config_with(spectrogram))
+@pytest.mark.parametrize("recompute", [False, True])
+# Statistics of the few rows of a chunk enlarge rounding.
+@pytest.mark.parametrize(("spectrogram", "tolerance"), [("convnext_atto", TOLERANCE), ("resnet10t", 1e-4)])
+def test_every_tower_gives_the_same_gradients_compiled(spectrogram, tolerance, recompute):
+    config = config_with(spectrogram)
+    same_gradients(recomputed(config) if recompute else config, tolerance=tolerance)

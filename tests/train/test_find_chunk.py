@@ -49,6 +49,7 @@ def test_the_largest_chunk_that_fits_is_found():
     assert found * ROW < memory < 2 * found * ROW + 2**30  # 1 GiB is more than the interpreter and its libraries take
 
 
+@pytest.mark.slow
 def test_all_rows_of_a_worker_fit_where_memory_is_ample():
     assert find_chunk(small_config(train={"workers": 2, "global_batch": 24}), CPU) == 12
 
@@ -58,6 +59,7 @@ def test_where_nothing_fits_the_mends_are_named():
         find_chunk(heavy(), CPU, 2**20)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_for_another_reason_says_so():
     with pytest.raises(MuserError, match="not for want of memory: RuntimeError: shapes do not match"):
         find_chunk(heavy(fails=True), CPU, 2**33)
