@@ -31,6 +31,31 @@ class TowerConfig(Strict):
     """Arguments of the tower's constructor: its sizes. Each tower's docstring lists them."""
     lr: float | None = None
     """Peak learning rate of this tower and its head; train.lr when not given."""
+    freeze: bool = False
+    """Keeps the tower's weights as they are (dropout off, batch norms with running statistics) and trains its head
+    only. It runs forward once, also where chunks are encoded twice."""
+    cache_rows: int = 0
+    """Rows of a frozen text tower's output that a worker keeps, so that a text that comes again is not encoded again
+    (width x 4 bytes each, on its device). 0 keeps none."""
+    checkpoint_activations: bool = False
+    """Keeps of each layer its input alone, and runs it once more in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile in training. Takes a minute or more at the start; needs a C++ compiler on CPUs, Triton on GPUs."""
+
+    def __post_init__(self) -> None:
+        require(self.cache_rows >= 0, "cache_rows of a tower must not be negative")
+        require(
+            self.cache_rows == 0 or self.freeze,
+            "cache_rows keeps outputs of a tower that does not change; give freeze too (--model.text.freeze)",
+        )
+        require(
+            not (self.cache_rows and self.compile),
+            "cache_rows runs a tower on as many rows as are missing, compile makes code for one number; choose one",
+        )
+        require(
+            not (self.freeze and self.checkpoint_activations),
+            "checkpoint_activations does nothing for a tower with freeze, which keeps no activations; leave it out",
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,11 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         require(len(self.towers()) >= 2, "model has fewer than two towers; contrasting needs two modalities")
         require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
+        for name, tower in self.towers().items():
+            require(
+                tower.cache_rows == 0 or name == "text",
+                f"model.{name}.cache_rows: only texts come again as they were; leave it out",
+            )
 
 
 @dataclass(frozen=True)
@@ -195,6 +225,11 @@ class RunConfig(Strict):
             self.objective.targets != "same_label" or bool(self.data.label),
             'objective.targets "same_label" needs the name of a metadata field: data.label',
         )
+        require(
+            self.train.zero_stage < 3 or self.model.text is None or self.model.text.cache_rows == 0,
+            "model.text.cache_rows: at ZeRO-3 a rank that has no text to encode would leave the others waiting; "
+            "give --train.zero-stage 2 or less, or --model.text.cache-rows 0",
+        )
         require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":
@@ -238,6 +273,11 @@ OPERATIONAL = frozenset(
         "train.profile",
         "evaluate.every_samples",
         "objective.gather_mib",
+        *(
+            f"model.{name}.{field}"
+            for name in MODALITIES
+            for field in ("checkpoint_activations", "compile", "cache_rows")
+        ),
     }
 )
 """Settings that do not change what a run computes, rounding aside: they may differ when it goes on."""

@@ -36,6 +36,7 @@ class ChunkBatchNorm(nn.Module):
         self.register_buffer("running_mean", like.running_mean)
         self.register_buffer("running_var", like.running_var)
         self.valid: Tensor | None = None
+        self.counts = True
         # Sums of means and of variances, and the number of chunks; no part of a checkpoint.
         self.register_buffer("pending", torch.zeros(2 * like.num_features + 1), persistent=False)
 
@@ -59,8 +60,9 @@ class ChunkBatchNorm(nn.Module):
         mean = (x * weights).sum(dim=over) / count
         centred = (x - mean.view(1, -1, *[1] * (x.ndim - 2))) * weights
         variance = centred.square().sum(dim=over) / count
-        # Where gradients are cached, the first pass is without graph; each chunk has one pass with it.
-        if torch.is_grad_enabled():
+        # Where gradients are cached, the first pass is without graph; each chunk has one pass with it,
+        # and perhaps a repetition.
+        if torch.is_grad_enabled() and self.counts:
             unbiased = variance.detach() * count / (count - 1).clamp(min=1.0)
             seen = torch.cat([mean.detach(), unbiased, torch.ones_like(count)[None]])
             self.pending.add_(seen * self.valid.any())
@@ -84,6 +86,24 @@ def set_valid_rows(module: nn.Module, valid: Tensor) -> None:
     for norm in module.modules():
         if isinstance(norm, ChunkBatchNorm):
             norm.valid = valid
+
+
+class Repetition:
+    """Context in which a module's forward pass is repeated: its norms use the rows of then, and count nothing twice.
+
+    Made before the pass that will be repeated: others may be made in between.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._norms = [(norm, norm.valid) for norm in module.modules() if isinstance(norm, ChunkBatchNorm)]
+
+    def __enter__(self) -> None:
+        for norm, valid in self._norms:
+            norm.valid, norm.counts = valid, False
+
+    def __exit__(self, *error: object) -> None:
+        for norm, _ in self._norms:
+            norm.counts = True
 
 
 def update_running_statistics(module: nn.Module) -> None:

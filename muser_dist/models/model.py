@@ -2,13 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from muser_dist.config import DataConfig, RunConfig, TowerConfig
 from muser_dist.errors import ConfigError
+from muser_dist.models.compiling import compile_tower, compiled
+from muser_dist.models.frozen import FrozenOutputs
 from muser_dist.models.heads import LogitScale, ProjectionHead
+from muser_dist.models.recompute import recompute_activations
 from muser_dist.models.spectrogram import SpectrogramTower
 from muser_dist.models.text import TextTower
 from muser_dist.models.waveform import WaveformTower
@@ -65,6 +69,24 @@ class MultimodalModel(nn.Module):
                 }
             )
         self.logits = LogitScale(config.objective)
+        self._frozen: dict[str, FrozenOutputs] = {}
+        self._to_compile = {name for name, settings in config.model.towers().items() if settings.compile}
+        self._compiled: set[str] = set()
+        for name, settings in config.model.towers().items():
+            if settings.freeze:
+                self.towers[name].requires_grad_(False)
+                self._frozen[name] = FrozenOutputs(settings.cache_rows)
+            if settings.checkpoint_activations:
+                recompute_activations(self.towers[name])
+        self.train()
+        self.register_load_state_dict_post_hook(_forget_outputs)
+
+    def train(self, mode: bool = True) -> "MultimodalModel":
+        """Frozen towers stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self.towers[name].eval()
+        return self
 
     def forward(self, batch: dict[str, Tensor], moment: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Encodes every modality of a chunk.
@@ -82,15 +104,37 @@ class MultimodalModel(nn.Module):
         # Here and not around the call: DeepSpeed switches an outer autocast off.
         with torch.autocast(batch["text_ids"].device.type, torch.bfloat16, enabled=self.bf16):
             for name in self.towers:
-                if moment is not None:
+                if moment is None:
+                    out[name] = self.encode(name, batch)
+                else:
                     torch.manual_seed(_mix(self.seed, *moment, name))
-                out[name] = self.encode(name, batch)
+                    out[name] = self._project(name, self._train_tower(name, batch, moment))
         return out | self.logits()
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
         """One modality of a batch: (rows, projection_dim) float32, not normalised."""
-        projected = self.heads[modality](self.towers[modality](batch))
+        return self._project(modality, self.towers[modality](batch))
+
+    def _train_tower(self, modality: str, batch: dict[str, Tensor], moment: tuple[int, int]) -> Tensor:
+        """A tower's output, (rows, width), in the way that training runs it."""
+        tower = self.towers[modality]
+        # Not before: inference, which has batches of all sizes, and checks of the config do without.
+        if modality in self._to_compile - self._compiled:
+            compile_tower(tower)
+            self._compiled.add(modality)
+        with compiled(modality) if modality in self._compiled else nullcontext():
+            if modality in self._frozen:
+                return self._frozen[modality](tower, batch, moment)
+            return tower(batch)
+
+    def _project(self, modality: str, features: Tensor) -> Tensor:
+        projected = self.heads[modality](features)
         return projected.to(torch.promote_types(projected.dtype, torch.float32))
+
+
+def _forget_outputs(model: MultimodalModel, _: object) -> None:
+    for outputs in model._frozen.values():
+        outputs.clear()
 
 
 def _mix(*parts: int | str) -> int:

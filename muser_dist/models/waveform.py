@@ -51,6 +51,8 @@ class WaveformTower(nn.Module):
                 mask_time_prob=0.0,  # else it owns a parameter that nothing uses, and ZeRO waits for its gradient
             )
         )
+        # Else it asks for the gradient with respect to the waveform (for reentrant checkpointing), a convolution's work.
+        self.encoder.feature_extractor._requires_grad = False
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeds a batch.

@@ -97,7 +97,7 @@ def expected(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:
     logits = Logits(encoded[0]["scale"], encoded[0].get("bias"))
     loss = reference_loss(features, logits, Batch.join([c.batch for c in chunks]), config.objective)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Recording:
@@ -113,12 +113,13 @@ class Recording:
 
     def step(self, lr_factor: float) -> None:
         if isinstance(self.engine, PlainEngine):
-            self.gradients = {n: p.grad.clone() for n, p in self.engine.model.named_parameters()}
+            self.gradients = {n: p.grad.clone() for n, p in self.engine.model.named_parameters() if p.requires_grad}
         else:
             from deepspeed.utils import safe_get_full_grad
 
             for name, parameter in self.engine.deepspeed.module.named_parameters():
-                self.gradients[name] = safe_get_full_grad(parameter).detach().clone()
+                if parameter.requires_grad:
+                    self.gradients[name] = safe_get_full_grad(parameter).detach().clone()
         self.engine.step(0.0)
 
 

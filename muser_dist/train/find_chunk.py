@@ -1,0 +1,193 @@
+"""The largest chunk with which a step fits into a worker's memory, found by trying; and what to do when none does.
+
+The trials run in a child process, which takes with it whatever they leave behind, such as the context of a
+GPU. They lack the other workers: what these add is counted, or has room in what is left free.
+"""
+
+import multiprocessing
+import resource
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from muser_dist.config import RunConfig, TrainConfig
+from muser_dist.data.chunks import Chunk
+from muser_dist.data.spectrogram import in_tasks
+from muser_dist.data.text import load_tokenizer
+from muser_dist.errors import ConfigError, MuserError
+from muser_dist.models.model import MultimodalModel
+from muser_dist.objectives.registry import load_objective
+from muser_dist.train.engine import PlainEngine
+from muser_dist.train.step import to_device, train_step
+
+_LEFT_FREE = 0.1  # of free memory: for buffers of collectives and of DeepSpeed, gathered embeddings, fragmentation
+_OBJECT_STORE = 0.3  # of a node's memory: what Ray's object store takes by default
+_OPTIMIZER_BYTES = 8  # of AdamW's two moments for each parameter
+_STARTED = 0
+
+
+def find_chunk(config: RunConfig, device: torch.device, memory: int | None = None) -> int:
+    """The largest chunk (c) with which a training step fits; train.global_batch (N) stays as it is.
+
+    Tries ever larger chunks, with the passes that train.cache_gradients asks for, until memory does not suffice.
+    On a CPU the child's data segment is limited, so that memory runs out for the child and for nobody else
+    (Linux). Optimizer state is counted as ZeRO shares it out, not made.
+
+    Args:
+        config: the run; its train.chunk does not matter.
+        device: like a worker's, on this machine.
+        memory: bytes for a worker. By default what is free on the device; of this machine's memory, its part of what
+            Ray's object store leaves, as if all workers were here.
+
+    Raises:
+        ConfigError: not even the smallest chunk fits.
+        MuserError: a step fails for another reason.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_try_chunks, args=(theirs, config, str(device), memory))
+    child.start()
+    theirs.close()
+    fits: int | None = None
+    failure = ""
+    with ours, suppress(EOFError):
+        while not failure:
+            match ours.recv():
+                case int(size):
+                    fits = size
+                case str(reason):
+                    failure = reason
+    child.join()
+    # A library that cannot allocate may abort: a signal, and a negative status.
+    if failure or fits is None or (child.exitcode or 0) > 0:
+        raise MuserError(f"train.find_chunk: a training step fails, and not for want of memory: {failure}")
+    if fits == _STARTED:
+        raise ConfigError(out_of_memory_message(replace(config, train=replace(config.train, chunk=1))))
+    return fits
+
+
+def chunk_sizes(train: TrainConfig) -> list[int]:
+    """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each."""
+    rows, rest = divmod(train.global_batch, train.workers)
+    return [size for size in range(1, rows + 1) if (rows if rest == 0 else train.global_batch) % size == 0] or [1]
+
+
+def out_of_memory_message(config: RunConfig) -> str:
+    """What to change when a worker runs out of memory."""
+    train, mends = config.train, []
+    if not train.cache_gradients:  # then memory holds the activations of all chunks, whatever their size
+        mends.append(f"--train.cache-gradients (it holds those of {train.chunks_per_worker} chunks now, then of one)")
+    elif smaller := [size for size in chunk_sizes(train) if size < train.chunk]:
+        mends.append(
+            f"a smaller --train.chunk, such as {max(smaller)} (--train.find-chunk looks for the largest that fits; "
+            f"train.global_batch stays {train.global_batch}, with all its negatives)"
+        )
+    mends += [
+        f"--model.{name}.checkpoint-activations"
+        for name, tower in config.model.towers().items()
+        if not (tower.checkpoint_activations or tower.freeze)
+    ]
+    if train.zero_stage < 3 and train.workers > 1:
+        mends.append("a higher --train.zero-stage")
+    return (
+        f"out of memory with chunks of {train.chunk} rows; give "
+        f"{', or '.join(mends) or 'smaller towers, or workers with more memory'}"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: torch has a class for it on GPUs, and on CPUs a RuntimeError like any other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+# --- In the child ---
+
+
+class _Trial(PlainEngine):
+    """Everything of a step but the update, for which there would have to be optimizer state."""
+
+    def step(self, lr_factor: float) -> None:
+        self._optimizer.zero_grad()
+
+
+def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory: int | None) -> None:
+    """Sends _STARTED, then each size that fits, and the reason if a step fails for another one than memory."""
+    try:
+        device, train = torch.device(device_name), config.train
+        with torch.device("meta"):
+            trained = sum(p.numel() for p in MultimodalModel(config).parameters() if p.requires_grad)
+        shared = train.workers if train.zero_stage >= 1 else 1
+        if memory is None:
+            memory = int((1 - _LEFT_FREE) * _free_memory(device, train.workers))
+        _limit_memory(device, memory - _OPTIMIZER_BYTES * trained // shared)
+        results.send(_STARTED)
+        engine = _Trial(MultimodalModel(config), config, device)
+        objective = load_objective(config.objective)
+        for size in chunk_sizes(train):
+            chunks = -(-train.global_batch // (size * train.workers))
+            if train.cache_gradients:
+                chunks = min(chunks, 2)  # each further one needs what the second does
+            towers = tuple(config.model.towers())
+            mine = [to_device(_chunk(config, size, number), towers, device) for number in range(chunks)]
+            train_step(engine, objective, config, mine, 0.0)
+            results.send(size)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            results.send(f"{type(error).__name__}: {error}")
+
+
+def _chunk(config: RunConfig, size: int, number: int) -> Chunk:
+    """A chunk as large as the real ones; what its clips and texts are costs no memory."""
+    data, rng = config.data, np.random.default_rng(number)
+    vocabulary = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens).vocabulary
+    rows = np.arange(number * size, (number + 1) * size)
+    chunk = {
+        "step": np.int64(0),
+        "chunk": np.int64(number),
+        "row": rows,
+        "text_id": rows,
+        "label_id": rows,
+        "audio": rng.integers(-9_000, 9_000, (size, data.crop_samples), np.int16),
+        "audio_length": np.full(size, data.crop_samples, np.int32),
+        "text_ids": rng.integers(0, vocabulary, (size, data.max_tokens), np.int32),
+        "text_length": np.full(size, data.max_tokens, np.int32),
+    }
+    if config.model.spectrogram is not None and data.spectrogram_on == "cpu":
+        with torch.inference_mode():
+            chunk["spectrogram"] = (
+                in_tasks(data, config.model.spectrogram)(torch.from_numpy(chunk["audio"])).half().numpy()
+            )
+    return chunk | {f"valid_{modality}": np.ones(size, bool) for modality in config.model.towers()}
+
+
+def _free_memory(device: torch.device, workers: int) -> float:
+    """Bytes for one worker."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no cgroup of version 2, or one without a limit: "max"
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
+        free = min(free, int((group / "memory.max").read_text()) - int(used))
+    return (1 - _OBJECT_STORE) * free / workers
+
+
+def _limit_memory(device: torch.device, memory: int) -> None:
+    """From now on this process gets no more than that many bytes, what it has already included."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, memory / total)), device)
+    else:
+        left = max(0, memory - _kilobytes("/proc/self/status", "VmRSS"))
+        limit = _kilobytes("/proc/self/status", "VmData") + left
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _kilobytes(path: str, name: str) -> int:
+    """A line of a file of /proc, "Name:   123 kB", in bytes."""
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
