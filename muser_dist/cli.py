@@ -97,7 +97,7 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
         registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
         description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped. "
-        "With --dry-run it prints what the run would do and need, with --digest a SHA-256 over (step, chunk, key, "
-        "crop) of all rows that it is dealt; both train nothing.",
+        "With --dry-run it prints what the run would do and need, with --train.find-chunk the largest chunk that fits, "
+        "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing.",
     )
     return config.named(recipe)

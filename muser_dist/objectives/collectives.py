@@ -3,6 +3,7 @@
 Every function does nothing but copy where there is no process group or one rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(x)
     return x
+
+
+def of_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on all ranks; it is called there alone, and its result pickled."""
+    rank, ranks = world()
+    made = [make() if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(made, src=0)
+    return made[0]
 
 
 def equal_gradient(x: Tensor) -> Tensor:

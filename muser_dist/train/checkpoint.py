@@ -23,6 +23,7 @@ from torch import Tensor
 
 from muser_dist.data.storage import redact
 from muser_dist.errors import CheckpointError
+from muser_dist.objectives.collectives import of_rank_0
 from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.runlog import RunLog
 from muser_dist.train.store import CheckpointStore, problem_of
@@ -171,10 +172,10 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and none is intact.
         """
-        steps = _of_rank_0(lambda: self._store.steps()[::-1])
+        steps = of_rank_0(lambda: self._store.steps()[::-1])
         for step in steps:
             with TemporaryDirectory(prefix="muser-checkpoint-") as folder:
-                description, problem = _of_rank_0(partial(self._describe, step))
+                description, problem = of_rank_0(partial(self._describe, step))
                 problem = problem or self._check(step, description["parts"], folder)
                 if problem is None:
                     with Pieces(
@@ -257,10 +258,3 @@ class Pieces:
                 f"the checkpoint lacks {state} of {name}; was the model changed under the same --name?"
             )
         return torch.cat(found) if found else torch.zeros(0)
-
-
-def _of_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on all ranks."""
-    made = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return made[0]

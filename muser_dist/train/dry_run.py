@@ -2,7 +2,7 @@
 
 import time
 
-from muser_dist.config import RunConfig
+from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
@@ -34,10 +34,7 @@ def dry_run(config: RunConfig) -> str:
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
     lines = [describe_plan(config, indices, parameters), ""]
     for workers in dict.fromkeys((least, most)):
-        weights, gradients, moments = (
-            parameters * size / gib / (workers if train.zero_stage >= stage else 1)
-            for size, stage in ((4, 3), (4, 2), (12, 1))
-        )
+        weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
         held = weights + gradients + moments
         lines.append(
             f"Memory of each of {workers} workers: {held:.2f} GiB for weights ({weights:.2f}), gradients "
@@ -57,3 +54,17 @@ def dry_run(config: RunConfig) -> str:
         f"{train.checkpoint_storage or config.folder}",
     ]
     return "\n".join(lines)
+
+
+def state_bytes(parameters: int, train: TrainConfig, workers: int) -> tuple[int, int, int]:
+    """Bytes that each worker holds of weights, of gradients and of the optimizer's states, all float32.
+
+    ZeRO shares out the optimizer's from stage 1 on, gradients from 2 and weights from 3; and it has a copy of the
+    weights among what the optimizer updates, which at stage 3 is all there is.
+    """
+
+    def of(numbers: int, stage: int) -> int:
+        return 4 * numbers * parameters // (workers if train.zero_stage >= stage else 1)
+
+    states = 2 + bool(train.ema_samples) + (0 < train.zero_stage < 3)
+    return of(1, 3), of(1, 2), of(states, 1)

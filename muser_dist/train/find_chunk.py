@@ -72,15 +72,18 @@ def find_chunk(config: RunConfig, device: torch.device, memory: int | None = Non
 
 def chunk_sizes(train: TrainConfig) -> list[int]:
     """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each."""
-    rows, rest = divmod(train.global_batch, train.workers)
+    rows, rest = divmod(train.global_batch, train.worker_range[0])
     return [size for size in range(1, rows + 1) if (rows if rest == 0 else train.global_batch) % size == 0] or [1]
 
 
 def out_of_memory_message(config: RunConfig) -> str:
     """What to change when a worker runs out of memory."""
     train, mends = config.train, []
+    least, most = train.worker_range
     if not train.cache_gradients:  # then memory holds the activations of all chunks, whatever their size
-        mends.append(f"--train.cache-gradients (it holds those of {train.chunks_per_worker} chunks now, then of one)")
+        mends.append(
+            f"--train.cache-gradients (it holds those of {train.chunks_per_worker(least)} chunks now, then of one)"
+        )
     elif smaller := [size for size in chunk_sizes(train) if size < train.chunk]:
         mends.append(
             f"a smaller --train.chunk, such as {max(smaller)} (--train.find-chunk looks for the largest that fits; "
@@ -91,7 +94,7 @@ def out_of_memory_message(config: RunConfig) -> str:
         for name, tower in config.model.towers().items()
         if not (tower.checkpoint_activations or tower.freeze)
     ]
-    if train.zero_stage < 3 and train.workers > 1:
+    if train.zero_stage < 3 and most > 1:
         mends.append("a higher --train.zero-stage")
     return (
         f"out of memory with chunks of {train.chunk} rows; give "
@@ -120,15 +123,16 @@ def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory
         device, train = torch.device(device_name), config.train
         with torch.device("meta"):
             trained = sum(p.numel() for p in MultimodalModel(config).parameters() if p.requires_grad)
-        shared = train.workers if train.zero_stage >= 1 else 1
+        workers = train.worker_range[0]  # with the fewest, each has most to hold
+        shared = workers if train.zero_stage >= 1 else 1
         if memory is None:
-            memory = int((1 - _LEFT_FREE) * _free_memory(device, train.workers))
+            memory = int((1 - _LEFT_FREE) * _free_memory(device, workers))
         _limit_memory(device, memory - _OPTIMIZER_BYTES * trained // shared)
         results.send(_STARTED)
         engine = _Trial(MultimodalModel(config), config, device)
         objective = load_objective(config.objective)
         for size in chunk_sizes(train):
-            chunks = -(-train.global_batch // (size * train.workers))
+            chunks = -(-train.global_batch // (size * workers))
             if train.cache_gradients:
                 chunks = min(chunks, 2)  # each further one needs what the second does
             towers = tuple(config.model.towers())

@@ -16,6 +16,7 @@ import ray.data
 import ray.exceptions
 import ray.train
 import ray.train.torch
+import torch
 
 from muser_dist.config import RunConfig, TrainConfig, to_dict
 from muser_dist.data.chunks import ChunkReader
@@ -28,6 +29,7 @@ from muser_dist.evaluate.report import write_report
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 from muser_dist.train.dealer import NOTHING, Dealer
+from muser_dist.train.find_chunk import find_chunk
 from muser_dist.train.loop import MODEL, STOPPED, train_worker
 from muser_dist.train.preflight import (
     VAL,
@@ -65,6 +67,34 @@ def print_digest(config: RunConfig) -> None:
         print(f"{line['digest']} delivered up to step {line['step']:,} by {config.folder}")
         if line["step"] < config.train.steps:
             print(f"{plan_digest(reader, line['step'])} planned up to there")
+
+
+def print_chunk(config: RunConfig) -> None:
+    """Prints the largest chunk that fits into the memory of a worker, tried where a worker would be.
+
+    Raises:
+        MuserError: none fits, or a step fails for another reason.
+    """
+    check_settings(config)
+    connect(config)
+    train = config.train
+
+    def tried() -> int:
+        return find_chunk(config, torch.device("cuda" if train.gpu else "cpu"))
+
+    resources = {train.resource: 1.0} if train.resource else {}
+    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=int(train.gpu), resources=resources, max_retries=0)
+    try:
+        chunk = ray.get(task(tried).remote())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MuserError):
+            raise error.cause from None
+        raise
+    passes = -(-train.global_batch // (chunk * train.worker_range[0]))
+    print(
+        f"--train.chunk {chunk} is the largest that fits: {passes} passes of a worker in a step of "
+        f"{train.global_batch} rows"
+    )
 
 
 def pretrain(config: RunConfig, command: list[str]) -> Path:

@@ -17,11 +17,13 @@ from muser_dist.data.storage import Storage
 from muser_dist.errors import CheckpointError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
+from muser_dist.objectives.collectives import of_rank_0
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.checkpoint import Checkpoints, Position
 from muser_dist.train.dealer import deal_from
 from muser_dist.train.diagnosis import why_not_applied
 from muser_dist.train.engine import DeepSpeedEngine
+from muser_dist.train.find_chunk import is_out_of_memory, out_of_memory_message
 from muser_dist.train.optimizer import lr_factor
 from muser_dist.train.profiler import Profiler
 from muser_dist.train.runlog import EVENTS, RunLog
@@ -50,17 +52,19 @@ def train_worker(settings: dict[str, Any]) -> None:
     config = from_dict(settings["config"], "the run's config")
     timeout = timedelta(seconds=config.train.hang_seconds)
     dist.distributed_c10d.default_pg_timeout = timeout  # for the groups that DeepSpeed makes
-    if (config.folder / STOPPED).exists():  # of a worker that could not go on, nor tell the others
-        return
     survivors = dist.new_group(backend="gloo", timeout=timeout)  # nothing else uses it, so it works when others broke
+    if of_rank_0((config.folder / STOPPED).exists):  # of a worker that could not go on, nor tell the others
+        return
     try:
         train(config)
     except (StopTraining, CheckpointError) as error:  # both on all ranks alike
         # Not raised further: Ray would restart the workers and come to the same end again.
         if dist.get_rank() == 0:
             (config.folder / STOPPED).write_text(str(error))
-    except RuntimeError as error:
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+    except Exception as error:
+        if is_out_of_memory(error):
+            (config.folder / STOPPED).write_text(f"rank {dist.get_rank()}: {out_of_memory_message(config)}")
+        elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
             name_the_hung(config, survivors)
         raise
 
