@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ray
@@ -50,8 +51,8 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
         head_node_args={"num_cpus": 2, "_system_config": fast | {"health_check_initial_delay_ms": 0}},
     )
 
-    def trainer():
-        return cluster.add_node(num_cpus=0, resources={"trainer": 1})
+    def trainer(wait: bool = True):
+        return cluster.add_node(wait=wait, num_cpus=0, resources={"trainer": 1})
 
     first, _ = trainer(), trainer()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -78,15 +79,17 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
         cluster.remove_node(first, allow_graceful=False)
         if mode == "kill":
             wait_for(lambda: reached(30, 1))
-            trainer(), trainer()
+            trainer(wait=False), trainer(wait=False)
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
     try:
-        pretrain(config, ["test"])
+        with ThreadPoolExecutor(1) as pool:
+            disturbed = pool.submit(disturb)
+            try:
+                pretrain(config, ["test"])
+            finally:
+                ended.set()
+            disturbed.result()
     finally:
-        ended.set()
-        thread.join()
         ray.shutdown()
         cluster.shutdown()
     Path(storage, "outcome.json").write_text(json.dumps(read_lines(config.folder / EVENTS)))

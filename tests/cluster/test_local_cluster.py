@@ -109,6 +109,7 @@ def test_a_driver_needs_the_token(running):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_preflight_as_a_job_finds_nothing_broken(running, tmp_path):
     """Also the storage: all nodes write and read there, and leave nothing behind."""
     preflight = ["python", "cluster/preflight.py", "--storage", str(tmp_path / "runs"), "--json", str(tmp_path / "out")]

@@ -242,6 +242,7 @@ def test_the_exported_model_is_the_trained_one(straight, corpus):
     assert f"{scores['retrieval']['text->audio']['MRR']:.3f}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_died_between_its_last_checkpoint_and_the_export(straight, corpus, storage):
     weights = straight / "model" / "model.safetensors"
     exported = weights.read_bytes()
