@@ -13,7 +13,7 @@ from muser_dist.data.decoder import Crop, Decoder
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.tar import Stored
 from muser_dist.errors import DataError
-from tests.fatal import FATAL, STALLING, install
+from tests.fatal import FATAL, HUNGRY, STALLING, install
 from tests.shardmaker import encode, sample, tone, write_shard
 from tests.small import LOCAL, index_of, small_config
 
@@ -38,7 +38,7 @@ def crop(decoder, sound, position, seed):
 
 @pytest.fixture
 def decoder(tmp_path, monkeypatch):
-    """A decoder that dies of FATAL and stalls at STALLING."""
+    """A decoder that dies of FATAL, stalls at STALLING and runs out of memory at HUNGRY."""
     monkeypatch.setattr(sys, "path", [str(install(tmp_path)), *sys.path])
     decoder = Decoder(CONFIG)
     yield decoder
@@ -75,6 +75,12 @@ def test_a_stall_is_given_up(decoder, monkeypatch):
     with pytest.raises(DataError, match=r"decoding takes more than 0\.2 s"):
         crop(decoder, stored(STALLING), 0.5, None)
     monkeypatch.undo()
+    assert crop(decoder, stored(encode(tone(1))), 0.5, None)[0].any()
+
+
+def test_a_member_that_takes_all_memory_is_an_error(decoder):
+    with pytest.raises(DataError, match="MemoryError|died twice"):
+        crop(decoder, stored(HUNGRY), 0.5, None)
     assert crop(decoder, stored(encode(tone(1))), 0.5, None)[0].any()
 
 
