@@ -21,6 +21,8 @@ from tests.small import small_config
 
 STEPS, BATCH = 700, 12
 GRACE_SECONDS = 10
+TRAINER = {"trainer": 1}
+BIN = Path(sys.executable).parent
 
 
 def run_config(corpus: str, storage: str, steps: int = STEPS) -> RunConfig:
@@ -51,10 +53,8 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
         head_node_args={"num_cpus": 2, "_system_config": fast | {"health_check_initial_delay_ms": 0}},
     )
 
-    def trainer(wait: bool = True):
-        return cluster.add_node(wait=wait, num_cpus=0, resources={"trainer": 1})
-
-    first, _ = trainer(), trainer()
+    first, _ = (cluster.add_node(num_cpus=0, resources=TRAINER) for _ in range(2))
+    joined: list[subprocess.Popen] = []
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     config = run_config(corpus, storage, STEPS if mode == "kill" else 250)
     ended = threading.Event()
@@ -71,15 +71,18 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
     def disturb() -> None:
         wait_for(lambda: reached(30, 2))
         if mode == "preempt":
-            drain = ["ray", "drain-node", "--address", cluster.address, "--node-id", first.node_id]
+            drain = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", first.node_id]
             drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
             drain += ["--deadline-remaining-seconds", str(GRACE_SECONDS)]
-            subprocess.run([Path(sys.executable).parent / drain[0], *drain[1:]], check=True)
+            subprocess.run(drain, check=True)
             ended.wait(GRACE_SECONDS)
         cluster.remove_node(first, allow_graceful=False)
         if mode == "kill":
             wait_for(lambda: reached(30, 1))
-            trainer(wait=False), trainer(wait=False)
+            for _ in range(2):  # the class above can do that in the main thread alone
+                command = [BIN / "ray", "start", "--address", cluster.address, "--num-cpus", "0", "--block"]
+                command += ["--resources", json.dumps(TRAINER)]
+                joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -90,6 +93,9 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
                 ended.set()
             disturbed.result()
     finally:
+        for node in joined:
+            node.terminate()  # it stops what it has started
+            node.wait()
         ray.shutdown()
         cluster.shutdown()
     Path(storage, "outcome.json").write_text(json.dumps(read_lines(config.folder / EVENTS)))
