@@ -230,6 +230,12 @@ class RunConfig(Strict):
             "model.text.cache_rows: at ZeRO-3 a rank that has no text to encode would leave the others waiting; "
             "give --train.zero-stage 2 or less, or --model.text.cache-rows 0",
         )
+        for name, tower in towers.items():
+            require(
+                self.train.zero_stage < 3 or not tower.compile,
+                f"model.{name}.compile: at ZeRO-3 DeepSpeed gathers weights around each layer, which leaves no graph "
+                f"worth compiling; give --train.zero-stage 2 or less, or leave --model.{name}.compile out",
+            )
         require("/" not in self.name, f"name {self.name!r} holds a slash; it names one folder inside `storage`")
 
     def named(self, recipe: str) -> "RunConfig":

@@ -67,10 +67,14 @@ class SpectrogramTower(nn.Module):
         Returns:
             (rows, width).
         """
-        image = batch["spectrogram"].float() if "spectrogram" in batch else self.front_end(batch["audio"])
+        image = batch["spectrogram"].float() if "spectrogram" in batch else self._image(batch["audio"])
         set_valid_rows(self.encoder, batch["audio_length"] > 0)
         (features,) = self.encoder(image)  # (rows, width, frequency, time)
         columns = features.mean(dim=2).transpose(1, 2)
         samples_per_column = self.samples / columns.shape[1]
         lengths = torch.ceil(batch["audio_length"] / samples_per_column).clamp(min=1)
         return self.norm(masked_mean(columns, lengths))
+
+    @torch.compiler.disable  # it generates no code for Fourier transforms, and breaks the graph all around them
+    def _image(self, audio: Tensor) -> Tensor:
+        return self.front_end(audio)

@@ -51,7 +51,7 @@ class WaveformTower(nn.Module):
                 mask_time_prob=0.0,  # else it owns a parameter that nothing uses, and ZeRO waits for its gradient
             )
         )
-        # Else it asks for the gradient with respect to the waveform (for reentrant checkpointing), a convolution's work.
+        # Else it asks for the waveform's gradient, which nobody reads: work, and a break in compiled code.
         self.encoder.feature_extractor._requires_grad = False
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:

@@ -161,6 +161,7 @@ def test_texts_of_earlier_steps_are_not_encoded_again():
             {"zero_stage": 3},
             r"model\.text\.cache_rows.*--train\.zero-stage 2",
         ),
+        ("audio", {"compile": True}, {"zero_stage": 3}, r"model\.audio\.compile.*--train\.zero-stage 2"),
         ("text", {"checkpoint_activations": True, "freeze": True}, {}, "keeps no activations"),
     ],
 )

@@ -1,5 +1,7 @@
 """Activation checkpointing: the same gradients out of less memory, with dropout, batch norms and bf16."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,19 @@ def test_layers_are_found_in_every_tower():
     assert [len(repeated_layers(towers[name])) for name in ("audio", "spectrogram", "text")] == [3 + 2, 6, 2]
     towers = MultimodalModel(config_with("resnet10t", f"{__name__}:Plain")).towers
     assert [len(repeated_layers(towers[name])) for name in ("audio", "spectrogram")] == [0, 4]
+
+
+def test_a_copy_has_layers_of_its_own():
+    config = recomputed(config_with("convnext_atto"))
+    model, batch = MultimodalModel(config), batch_of(config)
+    copied, before = copy.deepcopy(model), model(batch, (0, 0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    again = copied(batch, (0, 0))
+    assert all(torch.equal(again[name], before[name]) for name in config.model.towers())
+    again["audio"].sum().backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_names_of_weights_stay_and_without_gradient_nothing_is_recomputed():
