@@ -79,7 +79,7 @@ def test_a_stall_is_given_up(decoder, monkeypatch):
 
 
 def test_a_member_that_takes_all_memory_is_an_error(decoder):
-    with pytest.raises(DataError, match="MemoryError|died twice"):
+    with pytest.raises(DataError, match=r"MemoryError|died twice"):
         crop(decoder, stored(HUNGRY), 0.5, None)
     assert crop(decoder, stored(encode(tone(1))), 0.5, None)[0].any()
 
