@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from muser_dist.config import ObjectiveConfig, RunConfig
 from muser_dist.train.launch import pretrain
 from muser_dist.train.runlog import EVENTS, METRICS, last_line, read_lines
+from tests.cluster.test_job import free_port
 from tests.small import small_config
 
 STEPS, BATCH = 700, 12
@@ -81,7 +82,8 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
             wait_for(lambda: reached(30, 1))
             for _ in range(2):  # the class above can do that in the main thread alone
                 command = [BIN / "ray", "start", "--address", cluster.address, "--num-cpus", "0", "--block"]
-                command += ["--resources", json.dumps(TRAINER)]
+                # By default all nodes of a machine want the same port.
+                command += ["--resources", json.dumps(TRAINER), "--dashboard-agent-listen-port", str(free_port())]
                 joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
     try:
