@@ -114,6 +114,8 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     storage = Storage.of(config.data)
     shards = find_shards(config, storage)
     config = replace(config, storage=str(Path(config.storage).resolve()))
+    if (place := config.train.checkpoint_storage) and "://" not in place:
+        config = replace(config, train=replace(config.train, checkpoint_storage=str(Path(place).resolve())))
     prepare_folder(config, command)
 
     indices = [load_index(config, source, storage, shards[source.name]) for source in config.data.training_sources()]

@@ -68,6 +68,7 @@ def check_paths(config: RunConfig) -> None:
         return
     paths = [(f"data.{source.name}", path) for source in config.data.training_sources() for path in source.shards]
     paths += [("data.val", path) for path in config.data.val]
+    paths += [("train.checkpoint-storage", config.train.checkpoint_storage)] if config.train.checkpoint_storage else []
     for setting, path in [*paths, ("storage", config.storage)]:
         if "://" not in path and not Path(path).is_absolute():
             raise ConfigError(

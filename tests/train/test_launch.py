@@ -102,7 +102,11 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
     with pytest.raises(ConfigError, match=r"data\.train: 'data/train-\*\.tar' is a relative path.*--data\.train /"):
         check_paths(config)
-    check_paths(replace(config, data=replace(config.data, train=("/data/train-*.tar",))))
+    absolute = replace(config, data=replace(config.data, train=("/data/train-*.tar",)))
+    check_paths(absolute)
+    check_paths(replace(absolute, train=replace(config.train, checkpoint_storage="s3://bucket/checkpoints")))
+    with pytest.raises(ConfigError, match=r"train\.checkpoint-storage: 'saved' is a relative path"):
+        check_paths(replace(absolute, train=replace(config.train, checkpoint_storage="saved")))
     with pytest.raises(ConfigError, match=r"storage: 'runs' is a relative path"):
         check_paths(replace(config, data=replace(config.data, train=()), storage="runs"))
 
