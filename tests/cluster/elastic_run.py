@@ -80,11 +80,12 @@ def main(corpus: str, storage: str, mode: str = "kill") -> None:
         cluster.remove_node(first, allow_graceful=False)
         if mode == "kill":
             wait_for(lambda: reached(30, 1))
-            for _ in range(2):  # the class above can do that in the main thread alone
+            for alive in (3, 4):  # the class above can start nodes in the main thread alone
+                # One after the other, and with another port: nodes of one machine would choose the same ones.
                 command = [BIN / "ray", "start", "--address", cluster.address, "--num-cpus", "0", "--block"]
-                # By default all nodes of a machine want the same port.
                 command += ["--resources", json.dumps(TRAINER), "--dashboard-agent-listen-port", str(free_port())]
                 joined.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+                wait_for(lambda alive=alive: sum(node["Alive"] for node in ray.nodes()) >= alive)
 
     try:
         with ThreadPoolExecutor(1) as pool:
