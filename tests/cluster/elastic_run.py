@@ -20,7 +20,7 @@ from muser_dist.train.runlog import EVENTS, METRICS, last_line, read_lines
 from tests.cluster.test_job import free_port
 from tests.small import small_config
 
-STEPS, BATCH = 700, 12
+STEPS, BATCH = 450, 12
 GRACE_SECONDS = 10
 TRAINER = {"trainer": 1}
 BIN = Path(sys.executable).parent

@@ -25,7 +25,7 @@ from tests.small import reader_of
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def events_of(corpus: Path, folder: Path, mode: str) -> list[dict]:
@@ -34,7 +34,7 @@ def events_of(corpus: Path, folder: Path, mode: str) -> list[dict]:
     arm(armed, "slow", 0, ranks=(0, 1, 2), seconds=0.1)  # so that there is time for nodes to come and go
     command = [sys.executable, "-m", "tests.cluster.elastic_run", str(corpus), str(folder), mode]
     environment = os.environ | {ARMED: str(armed), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=850)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads((folder / "outcome.json").read_text())
 
