@@ -160,6 +160,8 @@ def check_storage(nodes: Nodes, options: Preflight) -> Finding:
             problems.setdefault(name, f"does not see what {writer[path]} has written ({reason})")
     nodes.ask("remove", lambda name: (paths[name],), among=speeds)
     problems |= failures
+    if not (speeds or problems):
+        return Finding("storage", "broken", "no node answers", "see what is said of the nodes")
     if problems:
         mend = (
             "give a --storage that is mounted and writable on every node under this path (NFS, a cloud's file system)"

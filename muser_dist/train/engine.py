@@ -235,6 +235,11 @@ class DeepSpeedEngine:
             if piece.stored
             for state, values in self._states(piece)
         }
+        pieces |= {
+            f"{WEIGHT}/{name}@{start}": values.to("cpu", copy=True)
+            for name, start, values, stored in self._frozen()
+            if stored
+        }
         if world()[0] == 0:
             pieces |= {f"{BUFFER}/{name}@0": value.flatten().to("cpu", copy=True) for name, value in self._buffers()}
         return pieces
@@ -250,6 +255,8 @@ class DeepSpeedEngine:
             for state, values in self._states(piece):
                 values.copy_(read(state, piece.name, piece.start, piece.start + len(values)))
             self._optimizer.state[piece.owner]["step"].fill_(step)
+        for name, start, values, _ in self._frozen():
+            values.copy_(read(WEIGHT, name, start, start + len(values)))
         for name, value in self._buffers():
             value.copy_(read(BUFFER, name, 0, value.numel()).view(value.shape))
         stage = self.deepspeed.zero_optimization_stage()
@@ -285,6 +292,20 @@ class DeepSpeedEngine:
                 if length > 0:
                     owner = zero.fp32_partitioned_groups_flat[group]
                     yield Fragment(name, rank * size, owner, offset, length, True)
+
+    def _frozen(self) -> Iterator[tuple[str, int, Tensor, bool]]:
+        """Name, first element, view and whether this rank writes it: what it holds of weights that are not trained."""
+        rank, ranks = world()
+        for number, (name, parameter) in enumerate(self.deepspeed.module.named_parameters()):
+            if parameter.requires_grad:
+                continue
+            if hasattr(parameter, "ds_id"):
+                size = parameter.ds_tensor.numel()
+                length = min(size, parameter.ds_numel - rank * size)
+                if length > 0:
+                    yield name, rank * size, parameter.ds_tensor.data.view(-1)[:length], True
+            else:
+                yield name, 0, parameter.data.view(-1), number % ranks == rank
 
     def _states(self, piece: Fragment) -> Iterator[tuple[str, Tensor]]:
         """Views of a fragment's weights and of each of its optimizer states, (n,) float32."""

@@ -26,13 +26,16 @@ def address(tmp_path_factory) -> Iterator[str]:
     init = other / "muser_dist" / "__init__.py"
     init.write_text(init.read_text().replace('__version__ = "', '__version__ = "99.'))
     command = [sys.executable, "-m", "tests.cluster.faulty_cluster", str(other)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=without_ray(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as cluster:
         assert cluster.stdin and cluster.stdout
         yield cluster.stdout.readline().strip()
         cluster.stdin.close()
+
+
+def without_ray() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 def check(address: str, folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict[str, dict]]:
@@ -40,8 +43,9 @@ def check(address: str, folder: Path, *arguments: str) -> tuple[subprocess.Compl
     report = folder / "report.json"
     command = [sys.executable, ROOT / "cluster" / "preflight.py", "--address", address, "--json", report, *arguments]
     # Not in the checkout: Ray puts a driver's working directory before all else on the path of its workers.
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert report.exists(), done.stderr
+    # Nor with what a Ray of the tests' own process has set in its environment.
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=without_ray())
+    assert report.exists(), done.stdout + done.stderr
     return done, {finding["check"]: finding for finding in json.loads(report.read_text())["findings"]}
 
 

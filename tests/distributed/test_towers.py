@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from muser_dist.config import RunConfig
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.registry import load_objective
+from muser_dist.train.checkpoint import Pieces
 from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.step import train_step
 from tests.distributed.engine_cells import Recording, config_for, expected, global_chunks, on_device
@@ -67,11 +69,12 @@ def go_on(rank: int, world: int, folder: str, stage: int) -> None:
     engine = DeepSpeedEngine(MultimodalModel(config), config, CPU)
     initial = engine.state_dict()
     steps(engine, config, rank, world, 2)
-    engine.save(Path(folder) / f"checkpoint-{stage}")
+    save_file(engine.snapshot(), f"{folder}/checkpoint-{stage}-{rank}")
     dist.barrier()
     trained = engine.state_dict()
     other = DeepSpeedEngine(MultimodalModel(replace(config, seed=1)), config, CPU)
-    other.load(Path(folder) / f"checkpoint-{stage}")
+    with Pieces([Path(f"{folder}/checkpoint-{stage}-{of_rank}") for of_rank in range(world)]) as read:
+        other.restore(read, 2)
     loaded = other.state_dict()
     if rank == 0:
         torch.save((initial, trained, loaded), f"{folder}/weights-{stage}.pt")
