@@ -40,7 +40,8 @@ class TowerConfig(Strict):
     checkpoint_activations: bool = False
     """Keeps of each layer its input alone, and runs it once more in the backward pass: less memory, more time."""
     compile: bool = False
-    """torch.compile in training. Takes a minute or more at the start; needs a C++ compiler on CPUs, Triton on GPUs."""
+    """torch.compile in training, at ZeRO stages up to 2. Takes a minute or more at the start; needs a C++ compiler on
+    CPUs, Triton on GPUs."""
 
     def __post_init__(self) -> None:
         require(self.cache_rows >= 0, "cache_rows of a tower must not be negative")

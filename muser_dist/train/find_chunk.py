@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +121,9 @@ class _Trial(PlainEngine):
 def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory: int | None) -> None:
     """Sends _STARTED, then each size that fits, and the reason if a step fails for another one than memory."""
     try:
+        # Uncompiled: each size would be compiled anew, and code that was compiled needs no more memory.
+        towers: dict[str, Any] = {name: replace(tower, compile=False) for name, tower in config.model.towers().items()}
+        config = replace(config, model=replace(config.model, **towers))
         device, train = torch.device(device_name), config.train
         with torch.device("meta"):
             trained = sum(p.numel() for p in MultimodalModel(config).parameters() if p.requires_grad)
@@ -135,8 +139,10 @@ def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory
             chunks = -(-train.global_batch // (size * workers))
             if train.cache_gradients:
                 chunks = min(chunks, 2)  # each further one needs what the second does
-            towers = tuple(config.model.towers())
-            mine = [to_device(_chunk(config, size, number), towers, device) for number in range(chunks)]
+            mine = [
+                to_device(_chunk(config, size, number), tuple(config.model.towers()), device)
+                for number in range(chunks)
+            ]
             train_step(engine, objective, config, mine, 0.0)
             results.send(size)
     except Exception as error:
