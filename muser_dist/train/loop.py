@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from muser_dist.config import RunConfig, TrainConfig, from_dict
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.storage import Storage
-from muser_dist.errors import CheckpointError, DataError, MuserError
+from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.objectives.collectives import of_rank_0
@@ -64,6 +64,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             (config.folder / STOPPED).write_text(f"rank {dist.get_rank()}: {out_of_memory_message(config)}")
+        elif isinstance(error, ConfigError):  # what only a worker's machine shows, such as no compiler
+            (config.folder / STOPPED).write_text(f"rank {dist.get_rank()}: {error}")
         elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
             name_the_hung(config, survivors)
         raise
