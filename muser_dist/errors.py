@@ -24,6 +24,10 @@ class CheckpointError(MuserError):
     """A checkpoint, an exported model or a run's folder cannot be used as given."""
 
 
+class StopTraining(MuserError):
+    """Going on makes no sense, and neither does trying again. Raised on all ranks at once."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:

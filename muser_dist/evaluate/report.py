@@ -130,7 +130,7 @@ def _flat(values: Values, path: str = "") -> Iterator[tuple[str, str]]:
 
 # Headline
 
-_SPARE = 1.2
+SPARE = 1.2
 """How much faster than it is used data should be decoded, or workers wait for it now and then."""
 
 
@@ -190,10 +190,8 @@ def _supply(metrics: list[Values]) -> list[tuple[str, str]]:
         return []
     most, used = 1000 * statistics.median(slots) / statistics.median(costs), statistics.median(wanted)
     waits = _recorded(metrics, "wait_share")
-    enough = most >= _SPARE * used
-    verdict = (
-        "enough" if enough else f"less than {_SPARE} times what training takes: give more slots or nodes to decode"
-    )
+    enough = most >= SPARE * used
+    verdict = "enough" if enough else f"less than {SPARE} times what training takes: give more slots or nodes to decode"
     return [
         ("Time waiting for data after the first line, mean", percent(sum(waits) / len(waits))),
         ("Decoding", f"up to {amount(most)} rows/s for {amount(used)} samples/s, {verdict}"),

@@ -133,7 +133,11 @@ class Checkpoints:
     def _complete(self) -> None:
         step = self._description["step"]
         self._patiently(lambda: self._store.complete(step, self._description), step)
-        self._patiently(lambda: self._store.prune(self._keep), step)
+        try:
+            self._store.prune(self._keep)
+        except Exception as error:  # they take room, and the next checkpoint's turn may remove them
+            if self._log:
+                self._log.event("old checkpoints stay", step, error=redact(str(error)))
 
     def _patiently(self, action: Callable[[], Any], step: int) -> Any:
         """The action's result; whatever error the storage raises is waited out for as long as patience lasts."""

@@ -51,7 +51,8 @@ class TrainConfig(Strict):
     """Half-life in samples of an exponential moving average of the weights, which is exported in place of the last
     weights; 0 means none."""
     offload: bool = False
-    """Keeps optimizer state and float32 weights in the CPU's memory, and updates them there (ZeRO-Offload)."""
+    """Keeps optimizer state and float32 weights in the CPU's memory, and updates them there (ZeRO-Offload); from ZeRO
+    stage 1 on."""
     checkpoint_samples: int = 8_192
     """Samples between checkpoints."""
     checkpoint_storage: str = ""
@@ -120,6 +121,7 @@ class TrainConfig(Strict):
             self.samples >= self.global_batch,
             f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
         )
+        require(not self.offload or self.zero_stage > 0, "train.offload needs a --train.zero-stage of 1 or more")
         require(
             self.profile is None or 1 <= self.profile[0] <= self.profile[1],
             "train.profile names the first and the last step, from 1 on, such as 100 110",

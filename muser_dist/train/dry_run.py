@@ -6,10 +6,8 @@ from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
+from muser_dist.evaluate.report import SPARE
 from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards
-
-_SPARE = 1.2
-"""How much faster than it is used data should be decoded, or workers wait for it now and then."""
 
 
 def dry_run(config: RunConfig) -> str:
@@ -47,8 +45,8 @@ def dry_run(config: RunConfig) -> str:
     lines += [
         f"Steps: {train.steps:,} of {train.global_batch:,} rows in {train.chunks_per_step} chunks; "
         f"{train.steps * train.global_batch:,} samples; a checkpoint every {train.checkpoint_samples:,}",
-        f"Decoding: {rate:,.0f} rows/s on one core of this machine. S samples/s need {_SPARE} × S / {rate:,.0f} CPUs "
-        f"(data.decode_slots: {slots}, for up to {slots * rate / _SPARE:,.0f} samples/s)",
+        f"Decoding: {rate:,.0f} rows/s on one core of this machine. S samples/s need {SPARE} × S / {rate:,.0f} CPUs "
+        f"(data.decode_slots: {slots}, for up to {slots * rate / SPARE:,.0f} samples/s)",
         f"Object store: {store:.2f} GiB of chunks that wait",
         f"Disk: {saved:.2f} GiB a checkpoint, {(train.keep_checkpoints + 2) * saved:.2f} GiB in all, in "
         f"{train.checkpoint_storage or config.folder}",

@@ -18,7 +18,7 @@ from torch import Tensor
 from muser_dist.config import RunConfig
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.collectives import sum_over_ranks, world
-from muser_dist.train.average import AVERAGE, AveragingAdamW, optimizer_of
+from muser_dist.train.optimizer import AVERAGE, AveragingAdamW, optimizer_of
 
 
 class Engine(Protocol):
@@ -56,7 +56,10 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the whole model's weights on the CPU; a collective, and empty on ranks other than 0."""
+        """A copy of the whole model's weights on the CPU, or of their moving average where there is one.
+
+        A collective, and empty on ranks other than 0.
+        """
         ...
 
 
@@ -117,7 +120,11 @@ class PlainEngine:
         return _by_part(self._optimizer, self._grad_norm)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+        states, whole = self._optimizer.state, self.model.state_dict(keep_vars=True)
+        return {
+            name: states.get(value, {}).get(AVERAGE, value).detach().to("cpu", copy=True)
+            for name, value in whole.items()
+        }
 
 
 class DeepSpeedEngine:
@@ -156,12 +163,7 @@ class DeepSpeedEngine:
                 | ({"offload_optimizer": {"device": "cpu", "pin_memory": train.gpu}} if train.offload else {}),
             },
         )
-        zero = self.deepspeed.optimizer
-        owners = {
-            0: [p for p in model.parameters() if p.requires_grad],
-            3: getattr(zero, "fp32_partitioned_groups_flat", None),
-        }.get(train.zero_stage, getattr(zero, "single_partition_of_fp32_groups", None))
-        for owner in owners or ():
+        for owner in self._owners():
             self._optimizer.prepare(owner)
 
     def encode(self, batch: dict[str, Tensor], moment: tuple[int, int]) -> dict[str, Tensor]:
@@ -271,6 +273,13 @@ class DeepSpeedEngine:
             if zero.persistent_parameters:  # small ones, which every rank holds
                 zero.persistent_parameters[0].partition(zero.persistent_parameters)
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _owners(self) -> list[Tensor]:
+        """What the optimizer updates on this rank: parameters, or what ZeRO has put in their place."""
+        stage, zero = self.deepspeed.zero_optimization_stage(), self.deepspeed.optimizer
+        if stage == 0:
+            return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
     def _fragments(self) -> Iterator[Fragment]:
         """What this rank's optimizer updates of each parameter; where it lies, DeepSpeed decides by stage."""

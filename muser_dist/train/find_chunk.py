@@ -121,7 +121,7 @@ class _Trial(PlainEngine):
 def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory: int | None) -> None:
     """Sends _STARTED, then each size that fits, and the reason if a step fails for another one than memory."""
     try:
-        # Uncompiled: each size would be compiled anew, and code that was compiled needs no more memory.
+        # Uncompiled: each size would be compiled anew, for a minute.
         towers: dict[str, Any] = {name: replace(tower, compile=False) for name, tower in config.model.towers().items()}
         config = replace(config, model=replace(config.model, **towers))
         device, train = torch.device(device_name), config.train

@@ -203,7 +203,8 @@ def watchfulness(train: TrainConfig) -> dict[str, str]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * train.hang_seconds + 30:g}",
         # Until then a node that has just died counts as there (Ray looks every 20 s), and workers wait for it.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-        # Shutting down waits so long for processes that do not answer.
+        # Shutting down waits so long for processes that do not answer; Ray Train does not hand this one on to a
+        # cluster that runs already, where it is 30.
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     }
 
@@ -249,6 +250,8 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
     except SystemExit:  # so Ray's own handler ends a fit() at Ctrl-C, with status 0
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
+        if stopped.exists():
+            raise MuserError(stopped.read_text()) from None
         raise MuserError(
             f"training failed, after as many restarts as train.max_failures ({config.train.max_failures}) allows: "
             f"{_last_line(error)}\nThe same command goes on from step {max(store.steps(), default=0):,}."

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from muser_dist.config import RunConfig, TrainConfig, from_dict
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.storage import Storage
-from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
+from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError, StopTraining
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.objectives.collectives import of_rank_0
@@ -30,7 +30,7 @@ from muser_dist.train.runlog import EVENTS, RunLog
 from muser_dist.train.step import to_device, train_step
 from muser_dist.train.store import CheckpointStore
 from muser_dist.train.validation import Validation
-from muser_dist.train.watch import StopTraining, Watch
+from muser_dist.train.watch import Watch
 
 MODEL = "model"
 """Folder in the run's folder that holds the exported model."""

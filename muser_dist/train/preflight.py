@@ -117,11 +117,13 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
 
     Raises:
         CheckpointError: the folder holds a run with another config.
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made, or checkpoints cannot be written.
     """
     if "://" in config.storage:
         raise ConfigError(f"storage: {config.storage!r} is a URL; give a folder that every node sees")
     path = config.folder / "config.json"
+    if config.train.checkpoint_storage:
+        CheckpointStore(config, Storage.of(config.data)).check()
     if has_begun(config):
         try:
             there = from_dict(json.loads(path.read_text()), str(path))

@@ -5,7 +5,6 @@ is written last and names the size and SHA-256 of each part: a folder without it
 Parts are safetensors; nothing is ever unpickled.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +14,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from muser_dist.config import RunConfig
-from muser_dist.data.storage import Storage
+from muser_dist.data.storage import Storage, redact
+from muser_dist.errors import CheckpointError, ConfigError
 
 _DESCRIPTION, _SET_ASIDE = "checkpoint.json", "broken.json"
 _BLOCK_BYTES = 8 << 20
@@ -30,6 +30,7 @@ class CheckpointStore:
 
     Raises:
         DataError: there is no file system for the URL.
+        CheckpointError: by methods that look what is there: the storage does not say.
     """
 
     def __init__(self, config: RunConfig, storage: Storage) -> None:
@@ -99,6 +100,23 @@ class CheckpointStore:
                     self._fs.rm_file(f"{self._folder(step)}/{_DESCRIPTION}")
                 self._fs.rm(self._folder(step), recursive=True)
 
+    def check(self) -> None:
+        """Writes a file and removes it.
+
+        Raises:
+            ConfigError: that fails; the message names the option.
+        """
+        path = f"{self._path}/.muser-writes-here"
+        try:
+            self._fs.makedirs(self._path, exist_ok=True)
+            self._fs.pipe_file(path, b"")
+            self._fs.rm_file(path)
+        except Exception as error:  # each kind of storage has its own
+            raise ConfigError(
+                f"train.checkpoint_storage: cannot write to {redact(self.url)} ({redact(str(error)).strip()}); give "
+                "another --train.checkpoint-storage, or mend the credentials in the file of --data.storage-options"
+            ) from None
+
     def _folder(self, step: int) -> str:
         return f"{self._path}/checkpoint-{step:08d}"
 
@@ -106,11 +124,18 @@ class CheckpointStore:
         """Steps for which there is a folder, in order, and whether it is complete."""
         self._fs.invalidate_cache()
         found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             for path in self._fs.ls(self._path, detail=False):
                 kind, _, step = str(path).rstrip("/").rpartition("/")[2].rpartition("-")
                 if kind == "checkpoint" and step.isdigit():
                     found.append((int(step), self._fs.exists(f"{self._folder(int(step))}/{_DESCRIPTION}")))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoints in {redact(self.url)} cannot be listed ({redact(str(error)).strip()}); mend the "
+                "credentials in the file of --data.storage-options, or give another --train.checkpoint-storage"
+            ) from None
         return sorted(found)
 
 

@@ -10,13 +10,13 @@ import torch
 
 from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk
-from muser_dist.errors import MuserError
+from muser_dist.errors import StopTraining
 from muser_dist.objectives.batch import Loss, Objective, global_metrics
 from muser_dist.objectives.collectives import world
+from muser_dist.train.accounting import Accounting
 from muser_dist.train.dealer import decoding_slots
 from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.health import batch_health
-from muser_dist.train.metrics import Accounting
 from muser_dist.train.optimizer import lr_factor
 from muser_dist.train.runlog import RunLog
 from muser_dist.train.step import Step
@@ -24,10 +24,6 @@ from muser_dist.train.stopwatch import Stopwatch
 from muser_dist.train.trackers import trackers_of
 
 _JUDGED_ROWS, _KEPT_REASONS = 1_000, 100
-
-
-class StopTraining(MuserError):
-    """Going on makes no sense, and neither does trying again. Raised on all ranks at once."""
 
 
 class Watch:

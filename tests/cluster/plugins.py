@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from muser_dist.objectives.contrastive import contrastive
@@ -62,4 +63,8 @@ def _die_while_writing() -> None:
     CheckpointStore.write = write
 
 
-_FAULTS = {"kill": _kill, "hang": _hang, "write": _die_while_writing}
+def _run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("no memory is left on this device")
+
+
+_FAULTS = {"memory": _run_out_of_memory, "kill": _kill, "hang": _hang, "write": _die_while_writing}

@@ -57,7 +57,7 @@ def test_two_then_one_then_three_workers(corpus, tmp_path):
     assert workers in ([2, 1, 3], [2, 1, 2, 3])  # of two nodes, one may be there first
     assert starts[1]["rows_repeated"] == starts[1]["steps_repeated"] * BATCH < 40 * BATCH
     lost = [event["seconds_lost"] for event in events if event["event"] == "caught up"]
-    assert len(lost) == len(starts) - 1 and all(0 < seconds < 200 for seconds in lost)
+    assert len(lost) == len(starts) - 1 and all(seconds > 0 for seconds in lost)
 
     # The same steps in one process: every row once, in its place, and the same curve.
     config = run_config(str(corpus), str(tmp_path))

@@ -83,6 +83,18 @@ def test_a_loss_that_is_not_finite(cluster, corpus, tmp_path):
     check_accounts(config, corpus)
 
 
+@pytest.mark.parametrize("max_failures", (0, 1))
+def test_a_worker_that_runs_out_of_memory_says_what_to_change(cluster, corpus, tmp_path, max_failures):
+    config = run_config(corpus, tmp_path, "memory", max_failures=max_failures)
+    arm(cluster, "memory", call=11)
+    with pytest.raises(
+        MuserError, match=r"^rank 1: out of memory with chunks of 4 rows; give a smaller --train\.chunk"
+    ):
+        pretrain(config, ["test"])
+    pretrain(replace(config, train=replace(config.train, zero_stage=3)), ["test"])
+    check_accounts(config, corpus)
+
+
 def test_a_worker_that_hangs_is_named(cluster, corpus, tmp_path):
     config = run_config(corpus, tmp_path, "hang", hang_seconds=15.0)
     arm(cluster, "hang", call=11)

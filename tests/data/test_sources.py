@@ -11,7 +11,7 @@ from muser_dist.config import differences
 from muser_dist.data.config import DataConfig, SourceConfig
 from muser_dist.data.pipeline import known_ids, training_reader
 from muser_dist.errors import ConfigError
-from muser_dist.train.metrics import Accounting
+from muser_dist.train.accounting import Accounting
 from tests.shardmaker import sample, write_shard, write_shards
 from tests.small import LOCAL, index_of, small_config
 

@@ -17,6 +17,8 @@ from tests.distributed.engine_cells import ROWS, config_for, global_chunks, on_d
 from tests.distributed.workers import run_workers
 
 CPU = torch.device("cpu")
+EMA_SAMPLES = (0, 0, 20, 20)
+"""By stage."""
 
 
 def steps(engine, config, rank, world, factors):
@@ -32,10 +34,11 @@ def spoilt(features, logits, batch, config):
 
 
 def worker(rank: int, folder: str) -> None:
-    """Three steps, and one that cannot be applied."""
+    """Three steps, and one that cannot be applied; with a moving average at two stages, and offloading at two."""
     world = dist.get_world_size()
     for stage in range(4):
-        config = config_for("InfoNCE, same text", world, 4, stage)
+        settings = {"ema_samples": EMA_SAMPLES[stage], "offload": stage in (1, 3)}
+        config = config_for("InfoNCE, same text", world, 4, stage, **settings)
         engine = DeepSpeedEngine(MultimodalModel(config), config, CPU)
         initial = engine.state_dict()
         steps(engine, config, rank, world, [1.0, 0.5, 0.25])
@@ -64,11 +67,13 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The same three steps on one process and plain torch."""
-    config = config_for("InfoNCE, same text", 1, 4)
-    engine = PlainEngine(MultimodalModel(config), config, CPU)
-    steps(engine, config, 0, 1, [1.0, 0.5, 0.25])
-    return engine
+    """The same three steps on one process and plain torch, by the half-life of the average."""
+    engines = {}
+    for ema_samples in set(EMA_SAMPLES):
+        config = config_for("InfoNCE, same text", 1, 4, ema_samples=ema_samples)
+        engines[ema_samples] = PlainEngine(MultimodalModel(config), config, CPU)
+        steps(engines[ema_samples], config, 0, 1, [1.0, 0.5, 0.25])
+    return engines
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -83,6 +88,7 @@ def test_whole_weights_come_out_of_every_stage(results, stage):
 @pytest.mark.parametrize("stage", range(4))
 def test_two_workers_train_as_one_process_does(results, plain, stage):
     _, straight, norm = results[stage]
+    plain = plain[EMA_SAMPLES[stage]]
     start = MultimodalModel(config_for("InfoNCE, same text", 1, 4)).state_dict()
     for name, value in plain.state_dict().items():
         moved = (value - start[name]).norm()

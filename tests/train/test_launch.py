@@ -15,6 +15,7 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserErro
 from muser_dist.recipes import load_recipe
 from muser_dist.train.launch import pretrain
 from muser_dist.train.preflight import check_paths, load_index, prepare_folder
+from tests.object_store import object_store, storage_options
 from tests.shardmaker import write_shards
 from tests.small import LOCAL, small_config
 
@@ -94,6 +95,28 @@ def test_a_storage_that_cannot_be_written(tmp_path):
         pretrain(config_on(tmp_path), ["test"])
     with pytest.raises(ConfigError, match=r"storage: 's3://bucket/runs' is a URL"):
         prepare_folder(replace(small_config(), storage="s3://bucket/runs", name="x"), ["test"])
+
+
+def test_checkpoints_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    config = config_on(tmp_path)
+
+    def pointing(place: str, options: str = ""):
+        train, data = replace(config.train, checkpoint_storage=place), replace(config.data, storage_options=options)
+        return replace(config, train=train, data=data)
+
+    with pytest.raises(
+        ConfigError, match=r"train\.checkpoint_storage: cannot write to .*/file/run .*--train\.checkpoint"
+    ):
+        pretrain(pointing(str(tmp_path / "file")), ["test"])
+    with pytest.raises(DataError, match=r"train\.checkpoint_storage: nothing://x/run: "):
+        pretrain(pointing("nothing://x"), ["test"])
+    with object_store() as store:
+        options = tmp_path / "options.json"
+        options.write_text(json.dumps({"s3": storage_options(store.endpoint)}))
+        with pytest.raises(ConfigError, match=r"cannot write to s3://absent/run "):
+            prepare_folder(pointing("s3://absent", str(options)), ["test"])
+        prepare_folder(pointing(f"s3://{store.bucket}/checkpoints", str(options)), ["test"])
 
 
 def test_relative_paths_in_a_submitted_job(monkeypatch):

@@ -2,10 +2,15 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 
 from muser_dist.config import TemperatureConfig, TowerConfig
 from muser_dist.models.model import MultimodalModel
+from muser_dist.objectives.registry import load_objective
+from muser_dist.train.engine import PlainEngine
 from muser_dist.train.optimizer import lr_factor, parameter_groups
+from muser_dist.train.step import train_step
+from tests.distributed.engine_cells import config_for, global_chunks, on_device
 from tests.small import small_config
 
 
@@ -51,3 +56,21 @@ def test_a_tower_without_vectors_makes_no_empty_group():
     audio = TowerConfig("tests.models.test_model:CountingTower", {"size": 2})
     config = replace(config, model=replace(config.model, audio=audio))
     assert all(group["params"] for group in parameter_groups(MultimodalModel(config), config))
+
+
+def test_the_average_is_that_of_the_weights_after_each_step():
+    config = config_for("InfoNCE, same text", 1, 2, ema_samples=18)  # 6 rows a step: three steps are a half-life
+    engine = PlainEngine(MultimodalModel(config), config, torch.device("cpu"))
+    averages = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    for _ in range(3):
+        chunks = on_device(global_chunks(config), config)
+        train_step(engine, load_objective(config.objective), config, chunks, 1.0)
+        for name, parameter in engine.model.named_parameters():
+            averages[name] = 0.5 ** (1 / 3) * averages[name] + (1 - 0.5 ** (1 / 3)) * parameter.detach()
+    exported = engine.state_dict()
+    for name, parameter in engine.model.named_parameters():
+        torch.testing.assert_close(exported[name], averages[name], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(exported[name], parameter)
+    norms = engine.grad_norms()
+    assert set(norms) == {"audio", "spectrogram", "text", "logits"}
+    assert sum(norm**2 for norm in norms.values()) == pytest.approx(engine.grad_norm() ** 2)

@@ -7,8 +7,9 @@ import pytest
 
 from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Problem
-from muser_dist.train.metrics import Accounting
-from muser_dist.train.watch import StopTraining, check_share
+from muser_dist.errors import StopTraining
+from muser_dist.train.accounting import Accounting
+from muser_dist.train.watch import check_share
 
 PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
 
