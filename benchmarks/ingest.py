@@ -8,7 +8,6 @@ import argparse
 import io
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -17,14 +16,15 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ingest_page import page
 from ingest_rivals import BATCH, CONTESTANTS
+from record import provenance, say, write
 
+PACKAGES = ("ray", "torch", "webdataset", "soundfile", "soxr", "numpy", "pyarrow")
 FORMATS = ("mp3", "flac", "ogg")
 RATE = 44_100
 CLIP_SECONDS = 30.0
@@ -53,15 +53,13 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all measurements and writes the JSON and the page."""
     options = _options(argv)
-    results = _provenance(["python", "benchmarks/ingest.py", *(sys.argv[1:] if argv is None else argv)])
+    results = provenance("benchmarks/ingest.py", list(sys.argv[1:] if argv is None else argv), PACKAGES)
+    results["gpu"] = None
     with tempfile.TemporaryDirectory(prefix="ingest-") as temporary:
         folder = options.data or Path(temporary)
         results["data"] = {kind: make_shards(folder / kind, kind, options) for kind in options.formats}
         results |= measure(options, folder)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(page(results, options.json.name))
-    _say(f"wrote {options.json} and {options.json.with_suffix('.md')}")
+    write(options.json, results, page(results, options.json.name))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,29 +82,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _provenance(command: list[str]) -> dict[str, Any]:
-    from muser_dist.train.preflight import provenance  # imports DeepSpeed: not where it is not needed
-
-    known = provenance([shlex.quote(word) for word in command])
-    machine = known.pop("machine")
-    known["versions"] |= {name: version(name) for name in ("webdataset", "soundfile", "soxr", "numpy", "pyarrow")}
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = f"{names[0] if names else machine['platform']}, {machine['cpus']} cores"
-    return {
-        "command": known["command"],
-        "commit": known["commit"],
-        "cpu": cpu,
-        "gpu": machine["gpu"],
-        "versions": known["versions"],
-    }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 # --- Data ---
 
 
@@ -115,7 +90,7 @@ def make_shards(folder: Path, kind: str, options: argparse.Namespace) -> dict[st
     settings = {"shards": options.shards, "rows_per_shard": options.rows_per_shard, "distinct_clips": options.distinct}
     done = folder / "made.json"  # written last
     if not done.exists() or json.loads(done.read_text())["settings"] != settings:
-        _say(f"making {options.shards} shards of {options.rows_per_shard} {kind} clips of {CLIP_SECONDS:g} s")
+        say(f"making {options.shards} shards of {options.rows_per_shard} {kind} clips of {CLIP_SECONDS:g} s")
         folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.cores) as pool:
             clips = list(pool.map(_clip, range(options.distinct), [kind] * options.distinct))
@@ -196,7 +171,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row = run(job)
         rows.append(job.known | row)
         left -= job.seconds
-        _say(f"{_words(job)}: {row['rows_per_second']:.1f} rows/s; about {left / 60:.1f} min left")
+        say(f"{_words(job)}: {row['rows_per_second']:.1f} rows/s; about {left / 60:.1f} min left")
     by_round = {kind: ratios_by_round(rows, kind) for kind in options.formats}
     ratios = {name: round(statistics.median(values), 3) for name, values in by_round[main_format].items()}
     cpu = [_figures(rows, name, main_format, "cpu_seconds_per_clip") for name in ("ours", "limit")]

@@ -8,16 +8,15 @@ Needs neither Ray nor DeepSpeed. Processes of this machine stand for ranks, over
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from objective_measure import CONTESTANTS, DIM, PAIRS
+from record import provenance, write
 
 OURS, EXACT, DEFAULT, RING, REFERENCE = "ours", "open_clip_exact", "open_clip_default", "ours_ring", "reference"
 SIZES = (1024, 4096, 8192)
@@ -35,19 +34,13 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs="+", default=(16_384, 32_768), help="N of the table of memory")
     options = parser.parse_args()
     rows = measure_gpu(options) if options.gpu else measure_cpu(options)
-    results = {
-        "command": shlex.join(["python", "benchmarks/objective.py", *sys.argv[1:]]),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "cpu": _cpu(),
+    results = provenance("benchmarks/objective.py", sys.argv[1:], ("torch", "open_clip_torch", "numpy"))
+    results |= {
         "gpu": rows[0].get("gpu"),
-        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "numpy")},
         "rows": rows,
         "ratios": gpu_ratios(rows) if options.gpu else cpu_ratios(rows, options),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(page(results, options.json.name))
-    print(f"wrote {options.json} and {options.json.with_suffix('.md')}", file=sys.stderr)
+    write(options.json, results, page(results, options.json.name))
 
 
 # --- Measurements ---
@@ -190,16 +183,6 @@ def page(results: dict[str, Any], name: str) -> str:
         )
     lines += ["", "| ratio | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in results["ratios"].items()), ""]
     return "\n".join(lines)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {len(names)} cores"
 
 
 if __name__ == "__main__":
