@@ -67,12 +67,11 @@ def digest(chunks: list[dict], first: str = "") -> str:
 def test_the_plan_is_delivered_on_any_number_of_workers_from_disk_and_s3(cluster, tmp_path):
     pattern = write_shards(tmp_path / "shards", [9, 4, 12, 6])
     expected = plan_digest(reader_of(config(1), pattern), STEPS)
-    for workers in (1, 2, 3, 4):
+    for workers, others in ((1, 3), (4, 2)):
         chunks = delivered(reader_of(config(workers), pattern), workers)
         assert digest(chunks) == expected
         # Cut after three steps and gone on with on another number of workers.
         head = [chunk for chunk in chunks if chunk["step"] < 3]
-        others = 1 + workers % 4
         tail = delivered(reader_of(config(others), pattern), others, first_step=3)
         assert digest(tail, digest(head)) == expected
         assert {int(chunk["step"]) for chunk in tail} == set(range(3, STEPS))  # nothing that was skipped is there
