@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from muser_dist.errors import DataError
-
-TIE = 1e-6
-"""Cosines closer than this count as equal. It is a little more than the rounding of float32
-embeddings, so that a collapsed model is not scored by its rounding errors."""
+from muser_dist.evaluate.classification import TIE
 
 _BLOCK_SCORES = 1 << 21  # similarities held at a time: 16 MiB in float64, and as much again to compare them
 

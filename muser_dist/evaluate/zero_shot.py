@@ -1,56 +1,13 @@
 """Zero-shot classification: the class whose text is nearest to the clip, scored next to chance."""
 
 from collections.abc import Sequence
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from muser_dist.errors import DataError
-from muser_dist.evaluate.retrieval import TIE, unit_rows
-
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, from independent trials; it holds near 0 and 1 and for few trials.
-
-    Args:
-        successes: 0 to trials.
-        trials: at least 1.
-    """
-    share, z2 = successes / trials, _Z95**2
-    centre = share + z2 / (2 * trials)
-    half = _Z95 * sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    # At the ends the bound is exactly 0 or 1; rounding would leave something like 1e-17.
-    low = 0.0 if successes == 0 else (centre - half) / (1 + z2 / trials)
-    high = 1.0 if successes == trials else (centre + half) / (1 + z2 / trials)
-    return low, high
-
-
-def predict(embeddings: np.ndarray, class_embeddings: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Nearest class of each row by cosine; the true class must win by more than TIE, or another is predicted.
-
-    Args:
-        embeddings: (n, D).
-        class_embeddings: (C, D).
-        truth: (n,) indices of the true classes.
-
-    Returns:
-        (n,) int64 indices of classes.
-
-    Raises:
-        DataError: an embedding is not finite.
-        ValueError: shapes do not fit together.
-    """
-    scores = unit_rows(embeddings, "clip") @ unit_rows(class_embeddings, "class").T
-    if scores.shape[1] == 1:
-        return np.zeros(len(scores), dtype=np.int64)
-    rows = np.arange(len(scores))
-    true_scores = scores[rows, truth]
-    scores[rows, truth] = -np.inf
-    rival = scores.argmax(axis=1)
-    return np.where(true_scores > scores[rows, rival] + TIE, truth, rival)
+from muser_dist.evaluate.classification import single_label
+from muser_dist.evaluate.retrieval import unit_rows
 
 
 def zero_shot(
@@ -68,11 +25,7 @@ def zero_shot(
         labels: n true classes; None where the clip has none: it is left out and counted.
 
     Returns:
-        JSON values. `accuracy`, `accuracy_interval` (Wilson, 95 %: [low, high]), `macro_f1` (mean over the
-        classes that occur in the labels), `chance` (1/C). What always naming the most frequent label
-        reaches: `majority` (accuracy), `majority_macro_f1`, `majority_class`. These are None when no row
-        has a label, except `chance`. `rows` (scored), `without_label`, `classes`, `counts` (labels of each
-        class) and `confusion` (C lists of C counts: rows are true classes, columns predicted ones).
+        What `single_label` returns.
 
     Raises:
         DataError: an embedding is not finite, or a label is none of the classes.
@@ -89,39 +42,6 @@ def zero_shot(
     if unknown:
         raise DataError(f"labels {', '.join(map(repr, unknown[:5]))} are none of the {len(classes)} classes")
 
-    truth = np.array([index[labels[i]] for i in labelled], dtype=np.int64)
-    predicted = predict(embeddings[labelled], class_embeddings, truth)
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(confusion, (truth, predicted), 1)
-    counts = confusion.sum(axis=1)
-    return {
-        **_scores(confusion, counts, classes),
-        "chance": 1 / len(classes),
-        "rows": len(labelled),
-        "without_label": len(labels) - len(labelled),
-        "classes": list(classes),
-        "counts": counts.tolist(),
-        "confusion": confusion.tolist(),
-    }
-
-
-def _scores(confusion: np.ndarray, counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """The scores that need a labelled row; None for each without one."""
-    rows = int(counts.sum())
-    if not rows:
-        names = ("accuracy", "accuracy_interval", "macro_f1", "majority", "majority_macro_f1", "majority_class")
-        return dict.fromkeys(names)
-    right = np.diagonal(confusion)
-    present = counts > 0
-    f1 = 2 * right[present] / (counts + confusion.sum(axis=0))[present]
-    most = int(counts.argmax())
-    majority = float(counts[most] / rows)
-    return {
-        "accuracy": float(right.sum() / rows),
-        "accuracy_interval": list(wilson(int(right.sum()), rows)),
-        "macro_f1": float(f1.mean()),
-        "majority": majority,
-        # The majority class has recall 1 and precision `majority`; every other class scores 0.
-        "majority_macro_f1": float(2 * majority / (1 + majority) / present.sum()),
-        "majority_class": classes[most],
-    }
+    cosines = unit_rows(embeddings[labelled], "clip") @ unit_rows(class_embeddings, "class").T
+    scores = single_label(cosines, np.array([index[labels[i]] for i in labelled], np.int64), classes)
+    return scores | {"without_label": len(labels) - len(labelled)}

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from muser_dist.errors import DataError
-from muser_dist.evaluate.zero_shot import wilson, zero_shot
+from muser_dist.evaluate.classification import wilson
+from muser_dist.evaluate.zero_shot import zero_shot
 
 
 @settings(max_examples=60, deadline=None)
