@@ -32,13 +32,13 @@ def quantiles(figures: np.ndarray) -> list[float] | None:
     return [float(end) for end in np.quantile(figures, (0.025, 0.975))] if len(figures) else None
 
 
-def mean_interval(values: np.ndarray, replicates: int = REPLICATES, seed: int = 0) -> list[float] | None:
-    """95 % interval [low, high] of the mean of (rows,) values; None without rows."""
+def mean_intervals(values: np.ndarray, replicates: int = REPLICATES, seed: int = 0) -> list[list[float] | None]:
+    """95 % interval [low, high] of each column's mean, of (rows, columns) values; None without rows."""
     values = np.asarray(values, np.float64)
     if not len(values):
-        return None
+        return [None] * values.shape[1]
     means = [counts @ values / len(values) for counts in resamples(len(values), replicates, seed)]
-    return quantiles(np.concatenate(means))
+    return [quantiles(column) for column in np.concatenate(means).T]
 
 
 def compare(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from muser_dist.evaluate.bootstrap import compare, mean_interval, resamples
+from muser_dist.evaluate.bootstrap import compare, mean_intervals, resamples
 
 
 def test_resamples_draw_as_many_rows_as_there_are_each_equally_often():
@@ -18,11 +18,12 @@ def test_resamples_draw_as_many_rows_as_there_are_each_equally_often():
 
 def test_the_interval_of_a_mean_is_that_of_normal_theory():
     values = np.random.default_rng(0).normal(3, 2, 2_000)
-    low, high = mean_interval(values)
+    (low, high), constant = mean_intervals(np.stack([values, np.full(2_000, 0.5)], axis=1))
+    assert constant == [0.5, 0.5]
     half = 1.96 * values.std() / np.sqrt(2_000)
     assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert mean_interval(np.zeros(0)) is None
+    assert mean_intervals(np.zeros((0, 2))) == [None, None]
 
 
 def test_pairing_narrows_the_interval_to_what_differs():

@@ -12,7 +12,7 @@ import pytest
 from muser_dist.config import to_dict
 from muser_dist.errors import CheckpointError
 from muser_dist.evaluate.report import write_report
-from muser_dist.evaluate.retrieval import text_audio_retrieval
+from muser_dist.evaluate.retrieval import directions, retrieval
 from muser_dist.evaluate.zero_shot import zero_shot
 from muser_dist.recipes.tiny import tiny
 
@@ -88,7 +88,10 @@ def write_run(folder: Path, text: str) -> dict:
     (folder / "metrics.jsonl").write_text("".join(lines))
     rng = np.random.default_rng(1)
     audio, words = rng.normal(size=(2, 40, 8))
-    retrieved = text_audio_retrieval(audio, words, rng.integers(0, 20, 40), np.ones(40, bool), audio_name=text)
+    asked = directions(
+        {text: audio, "text": words}, dict.fromkeys((text, "text"), np.ones(40, bool)), np.arange(40) % 20
+    )
+    retrieved = {name: retrieval(*arrays) for name, arrays in asked}
     named = scores([text, "flute"])
     evaluation = {
         "data": [text],
@@ -214,7 +217,7 @@ def test_files_of_a_run_that_died(tmp_path):
 
 def test_scores_without_rows_and_large_confusion_matrices(tmp_path):
     """No score is a dash; of very many classes the frequent ones are shown and the counts stay whole."""
-    nothing = text_audio_retrieval(np.ones((2, 3)), np.ones((2, 3)), np.arange(2), np.zeros(2, bool))
+    nothing = {"text->audio": retrieval(np.ones((2, 3)), np.ones((2, 3)), np.arange(2), np.arange(2) + 2)}
     many = scores([f"class {i}" for i in range(60)])
     unlabelled = zero_shot(np.ones((2, 3)), np.eye(3), list("abc"), [None, None])
     evaluation = {"retrieval": nothing, "zero_shot": {"kind": {"audio": many}, "mode": {"audio": unlabelled}}}
