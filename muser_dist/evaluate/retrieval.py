@@ -104,6 +104,13 @@ def ranks(
     return result
 
 
+def answers(query_ids: np.ndarray, candidate_ids: np.ndarray) -> np.ndarray:
+    """(Q,) int64: how many of the (C,) candidates answer each query."""
+    ids, size = np.unique(np.asarray(candidate_ids), return_counts=True)
+    place = np.minimum(np.searchsorted(ids, query_ids), len(ids) - 1)
+    return np.where(ids[place] == query_ids, size[place], 0)
+
+
 def average_precision(found: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
     """AP@k: mean of the precisions at the ranks of relevant candidates up to k, out of min(relevant, k).
 
@@ -227,8 +234,7 @@ def score_ranks(
         return (
             dict.fromkeys([*names, *(f"{name}_interval" for name in means), *(f"chance_{n}" for n in names)]) | counts
         )
-    ids, size = np.unique(np.asarray(candidate_ids), return_counts=True)
-    relevant = size[np.searchsorted(ids, np.asarray(query_ids)[scored])]
+    relevant = answers(query_ids, candidate_ids)[scored]
     found = found[scored]
     first = found[:, 0]
     values = np.stack([*(first <= k for k in ks), 1 / first, average_precision(found, relevant)], axis=1)
