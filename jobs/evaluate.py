@@ -106,7 +106,7 @@ def job(arguments: list[str]) -> None:
         options.json.write_text(json.dumps(evaluation, indent=2))
         print(f"written to {options.json}")
     if options.html:
-        from muser_dist.evaluate.report import write_evaluation
+        from muser_dist.evaluate.scores_page import write_evaluation
 
         print(f"page: {write_evaluation(options.html, evaluation)}")
     if other:
