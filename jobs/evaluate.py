@@ -70,7 +70,13 @@ def job(arguments: list[str]) -> None:
     from muser_dist.data.storage import Storage
     from muser_dist.data.text import check_templates
     from muser_dist.errors import ConfigError
-    from muser_dist.evaluate.comparison import compare_rows, describe_comparison, load_rows, save_rows
+    from muser_dist.evaluate.comparison import (
+        PerRow,
+        compare_rows,
+        describe_comparison,
+        load_rows,
+        save_rows,
+    )
     from muser_dist.evaluate.embedding import embed
     from muser_dist.evaluate.evaluator import Probing, score
     from muser_dist.evaluate.external import load_model
@@ -94,13 +100,13 @@ def job(arguments: list[str]) -> None:
     if train:
         more = replace(config, evaluate=replace(config.evaluate, rows=options.train_rows))
         fitted = embed(model, more, train, storage, Progress("training rows embedded"))
-    per_row: dict = {}
+    per_row: PerRow = {}
     probing = Probing(options.probe_on, options.probes, options.seeds)
     evaluation = {"model": options.model, "data": list(options.val), "trained_on": list(options.train)}
     evaluation |= score(model, config, test, fitted, probing, per_row)
     print(describe(evaluation))
     if options.per_row:
-        save_rows(options.per_row, per_row, test.keys)
+        save_rows(options.per_row, per_row)
         print(f"each row's results: {options.per_row}")
     if options.json:
         options.json.write_text(json.dumps(evaluation, indent=2))
@@ -110,7 +116,7 @@ def job(arguments: list[str]) -> None:
 
         print(f"page: {write_evaluation(options.html, evaluation)}")
     if other:
-        comparison = compare_rows({"keys": test.keys, **per_row}, other)
+        comparison = compare_rows(per_row, other)
         print(f"\n{describe_comparison(comparison)}")
 
 

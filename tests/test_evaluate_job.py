@@ -1,19 +1,16 @@
 """jobs/evaluate.py as it is run, on a model of ours and on one of others."""
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
+from muser_dist.errors import MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import write_shards
 from tests.small import small_config
-
-ROOT = Path(__file__).parents[1]
 
 MINE = """
 import numpy as np
@@ -32,15 +29,7 @@ def load(weights):
 """
 
 
-def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    found = os.pathsep.join(map(str, filter(None, (path, os.environ.get("PYTHONPATH")))))
-    return subprocess.run(
-        [sys.executable, "jobs/evaluate.py", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": found},
-        capture_output=True,
-        text=True,
-    )
+job = runpy.run_path(str(Path(__file__).parents[1] / "jobs" / "evaluate.py"))["job"]
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +39,39 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_two_models_are_scored_and_compared(model, tmp_path):
+def test_two_models_are_scored_and_compared(model, tmp_path, capsys, monkeypatch):
     val, train = write_shards(tmp_path, [16], "val"), write_shards(tmp_path, [20], "train")
     (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
     rows, numbers, page = (tmp_path / name for name in ("a.npz", "scores.json", "scores.html"))
-    common = ("--val", val, "--train", train, "--fields", "instrument", "--probes", "linear", "--seeds", "2")
-    done = run(str(model), *common, "--json", str(numbers), "--html", str(page), "--per-row", str(rows))
-    assert done.returncode == 0, done.stderr
-    assert "16 of 16 rows embedded" in done.stderr and "20 of 20 training rows embedded" in done.stderr
-    for shown in ("text->spectrogram", "audio->spectrogram", "instrument by audio", "linear probe", "effective rank"):
-        assert shown in done.stdout
+    common = ["--val", val, "--train", train, "--fields", "instrument", "--probes", "linear"]
+    job([str(model), *common, "--seeds", "2", "--json", str(numbers), "--html", str(page), "--per-row", str(rows)])
+    shown = capsys.readouterr()
+    assert "16 of 16 rows embedded" in shown.err and "20 of 20 training rows embedded" in shown.err
+    for name in ("text->spectrogram", "audio->spectrogram", "instrument by audio", "linear probe", "effective rank"):
+        assert name in shown.out
     scores = json.loads(numbers.read_text())
     assert scores["model"] == str(model) and scores["train_rows"] == 20
     assert scores["probes"]["instrument"]["spectrogram"]["linear"]["rows"] == 16
     assert "text → spectrogram" in page.read_text()
 
-    templates = ("--templates", "for {instrument}", "{instrument}", "--probe-on", "joint")
-    done = run("mine:load", "--weights", "w", *common, *templates, "--against", str(rows), path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for shown in (
-        "linear probe instrument by audio: accuracy",
-        "zero-shot instrument by audio: macro F1",
-        "95 % interval",
-    ):
-        assert shown in done.stdout
+    other = ["--templates", "for {instrument}", "{instrument}", "--probe-on", "joint", "--seeds", "0"]
+    job(["mine:load", "--weights", "w", *common, *other, "--against", str(rows)])
+    shown = capsys.readouterr().out
+    for name in ("linear probe instrument by audio: accuracy", "zero-shot instrument by audio: macro F1"):
+        assert name in shown
+    assert "not compared: retrieval text->spectrogram (only one model has it)" in shown
 
 
 def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path):
     val = write_shards(tmp_path, [4], "val")
     (tmp_path / "not.npz").write_text("nothing")
     for arguments, said in (
-        ((str(model), "--val", val, "--against", str(tmp_path / "not.npz")), "--per-row writes them"),
-        ((str(model), "--val", f"{tmp_path}/none-*.tar"), "none-*.tar"),
-        ((str(tmp_path), "--val", val), "no model.safetensors"),
-        ((str(model), "--val", val, "--templates", "no field"), "--templates: 'no field' names no field"),
+        ([str(model), "--val", val, "--against", str(tmp_path / "not.npz")], "--per-row writes them"),
+        ([str(model), "--val", f"{tmp_path}/none-*.tar"], r"none-\*\.tar"),
+        ([str(tmp_path), "--val", val], r"no model\.safetensors"),
+        ([str(model), "--val", val, "--templates", "no field"], "--templates: 'no field' names no field"),
+        ([str(model), "--val", val, "--seeds", "1"], "--seeds 1 gives no interval"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(MuserError, match=said):
+            job(arguments)

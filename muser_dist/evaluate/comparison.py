@@ -10,19 +10,24 @@ import numpy as np
 from muser_dist.errors import DataError
 from muser_dist.evaluate.bootstrap import compare
 from muser_dist.evaluate.classification import multi_label, single_label
-from muser_dist.evaluate.formats import interval, share, table
+from muser_dist.evaluate.formats import interval, percent, share, table
 
-_KEYS = "keys"  # names of the rows, under which no result is stored
+PerRow = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By what was asked: (n,) ids of the rows or texts that asked, and their (n, ...) results; see `_figures`."""
+
+_IDS = "ids of "  # before a name, in a file
 
 
-def save_rows(path: Path, per_row: Mapping[str, np.ndarray], keys: list[str]) -> None:
-    """Writes the results of each row, as `evaluate` gives them, and the rows' names as a NumPy archive."""
-    arrays: dict[str, Any] = {_KEYS: np.array(keys, str), **per_row}
+def save_rows(path: Path, per_row: PerRow) -> None:
+    """Writes what `score` filled `per_row` with as a NumPy archive."""
+    arrays: dict[str, Any] = {}
+    for name, (ids, results) in per_row.items():
+        arrays |= {_IDS + name: ids, name: results}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def load_rows(path: Path) -> dict[str, np.ndarray]:
+def load_rows(path: Path) -> PerRow:
     """What `save_rows` wrote.
 
     Raises:
@@ -30,42 +35,45 @@ def load_rows(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+            names = [name for name in archive.files if not name.startswith(_IDS)]
+            return {name: (archive[_IDS + name], archive[name]) for name in names}
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise DataError(f"{path}: no results of an evaluation (--per-row writes them): {error}") from None
 
 
-def compare_rows(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def compare_rows(first: PerRow, second: PerRow) -> dict[str, Any]:
     """Paired bootstrap of every figure that two models both have.
 
     Args:
-        first: what `load_rows` gives of one model.
-        second: of the other, on the same rows.
+        first: of one model.
+        second: of the other.
 
     Returns:
-        What `muser_dist.evaluate.bootstrap.compare` returns, under f"{what}: {figure}".
+        JSON values. "figures": what `muser_dist.evaluate.bootstrap.compare` returns, under f"{what}: {figure}".
+        "left_out": what cannot be compared, with the reason.
 
     Raises:
-        DataError: the rows differ, or no figure is common.
+        DataError: nothing can be compared.
     """
-    if not np.array_equal(first[_KEYS], second[_KEYS]):
-        raise DataError(
-            f"the models were scored on different rows ({len(first[_KEYS])} and {len(second[_KEYS])}); "
-            "give the same --val and --rows to both"
-        )
-    common = [name for name in first if name != _KEYS and name in second]
-    if not common:
-        raise DataError(f"no figure is common: {', '.join(first)} here, {', '.join(second)} there")
-    result = {}
-    for name in common:
-        if first[name].shape != second[name].shape:
-            raise DataError(f"{name}: {len(first[name])} rows here, {len(second[name])} there; the models hear others")
-        for figure, of in _figures(name, first[name]).items():
-            result[f"{name}: {figure}"] = compare(first[name], second[name], of)
-    return result
+    figures: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for name in first | second:
+        if name not in first or name not in second:
+            left_out[name] = "only one model has it"
+            continue
+        (ids, ours), (other_ids, theirs) = first[name], second[name]
+        if not np.array_equal(ids, other_ids) or ours.shape != theirs.shape:
+            left_out[name] = f"the {len(ids)} rows (or their texts) are not the other's {len(other_ids)}"
+            continue
+        for figure, of in _figures(name, ours).items():
+            figures[f"{name}: {figure}"] = compare(ours, theirs, of)
+    if not figures:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise DataError(f"nothing can be compared; give the same --val, --rows and --fields to both ({reasons})")
+    return {"figures": figures, "left_out": left_out}
 
 
-def describe_comparison(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_comparison(comparison: Mapping[str, Any]) -> str:
     """The differences as a table."""
     columns = ["difference", "this", "other", "this - other", "95 % interval", "this better in"]
     rows = [
@@ -75,15 +83,20 @@ def describe_comparison(comparison: Mapping[str, Mapping[str, Any]]) -> str:
             share(c["second"]),
             f"{c['difference']:+.3f}",
             interval(c["interval"]),
-            share(c["share_above"]),
+            percent(c["share_above"]),
         ]
-        for name, c in comparison.items()
+        for name, c in comparison["figures"].items()
     ]
-    return "\n".join(table(columns, rows))
+    lines = [f"not compared: {name} ({reason})" for name, reason in comparison["left_out"].items()]
+    return "\n".join([*table(columns, rows), *lines])
 
 
 def _figures(name: str, rows: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
-    """What can be made of some rows' results: see evaluator.py for their columns."""
+    """What can be made of some rows' results.
+
+    Their columns: of retrieval, the rank of the best answer and average precision; of classes, the true and the
+    predicted one; of tags, (n, 2, tags), whether the row has them and their scores.
+    """
     if name.startswith("retrieval "):
         return {
             "R@10": lambda found: float((found[:, 0] <= 10).mean()),

@@ -11,15 +11,13 @@ from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.evaluate.classification import predict
+from muser_dist.evaluate.comparison import PerRow
 from muser_dist.evaluate.embedding import Embedded, Encoder, embed
 from muser_dist.evaluate.fields import Labels, read_labels
 from muser_dist.evaluate.geometry import geometry
 from muser_dist.evaluate.probes import Kind, few_shot, probe
 from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, score_ranks
 from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, robustness, zero_shot
-
-PerRow = dict[str, np.ndarray]
-"""Results of each row, for a paired comparison with another model (muser_dist/evaluate/comparison.py)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def evaluate(
         train_index: shards that probes are fitted on; there are no probes without.
         probing: what is probed.
         progress: called now and then with the rows that are done and all, for each set of shards.
-        per_row: filled with the results of each row.
+        per_row: filled with the results of each row, for a paired comparison with another model's.
 
     Returns:
         What `score` returns.
@@ -89,7 +87,7 @@ def score(
         test: rows to score.
         train: rows that probes are fitted on.
         probing: what is probed.
-        per_row: filled with the results of each row.
+        per_row: filled with the results of each row, for a paired comparison with another model's.
 
     Returns:
         What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
@@ -122,7 +120,7 @@ def score(
         found, (*_, query_ids, candidate_ids) = ranks(*asked), asked
         result["retrieval"][direction] = score_ranks(found, query_ids, candidate_ids)
         precision = average_precision(found, answers(query_ids, candidate_ids))
-        per_row[f"retrieval {direction}"] = np.stack([found[:, 0], precision], axis=1)
+        per_row[f"retrieval {direction}"] = query_ids, np.stack([found[:, 0], precision], axis=1)
     for field in config.evaluate.fields:
         labels = read_labels(field, test.fields)
         if reason := _unfit(labels):
@@ -166,9 +164,8 @@ def _zero_shot(
     result["tagging" if labels.tags else "zero_shot"].setdefault(field, {})[name] = scores
     if spread := robustness(test.joint[name][known], prompts, truth[known]):
         result["robustness"].setdefault(field, {})[name] = spread
-    per_row[f"zero-shot {field} by {name}"] = _results(
-        class_scores(test.joint[name][known], classes, labels.tags), truth[known]
-    )
+    cosines = class_scores(test.joint[name][known], classes, labels.tags)
+    per_row[f"zero-shot {field} by {name}"] = np.flatnonzero(known), _results(cosines, truth[known])
 
 
 def _probe(
@@ -200,7 +197,8 @@ def _probe(
             for kind in probing.kinds:
                 figures, scores = probe(kind, *arrays, labels.classes)
                 result["probes"].setdefault(field, {}).setdefault(name, {})[kind] = figures
-                per_row[f"{kind} probe {field} by {name}"] = _results(scores, labels.sets[0][scored])
+                rows = np.flatnonzero(scored), _results(scores, labels.sets[0][scored])
+                per_row[f"{kind} probe {field} by {name}"] = rows
             if probing.seeds:
                 curve = few_shot(*arrays, labels.classes, seeds=probing.seeds)
                 result["few_shot"].setdefault(field, {})[name] = curve

@@ -9,6 +9,7 @@ import torch
 
 from muser_dist.config import EvaluateConfig
 from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.evaluate.comparison import PerRow
 from muser_dist.evaluate.embedding import embed
 from muser_dist.evaluate.evaluator import Probing, evaluate, score
 from muser_dist.evaluate.external import External, load_model
@@ -66,7 +67,7 @@ def test_a_model_of_others_is_scored_as_ours_are(tmp_path):
         evaluate=EvaluateConfig(fields=("instrument",)),
     )
     test, train = index_of(write_shards(tmp_path / "val", [24])), index_of(write_shards(tmp_path / "train", [30]))
-    per_row: dict[str, np.ndarray] = {}
+    per_row: PerRow = {}
     found = evaluate(
         external, config, test, LOCAL, train_index=train, probing=Probing("joint", seeds=2), per_row=per_row
     )
@@ -81,8 +82,8 @@ def test_a_model_of_others_is_scored_as_ours_are(tmp_path):
     points = found["few_shot"]["instrument"]["audio"]["points"]
     assert "classes need 4" in points[0]["impossible"] and points[-1]["accuracy"]["mean"] == 1
     assert found["geometry"]["pairs"]["audio-text"]["alignment"] < 0.01
-    assert per_row["zero-shot instrument by audio"].shape == (24, 2)
-    np.testing.assert_array_equal(per_row["retrieval text->audio"], np.ones((4, 2)))
+    assert per_row["zero-shot instrument by audio"][1].shape == (24, 2)
+    np.testing.assert_array_equal(per_row["retrieval text->audio"][1], np.ones((4, 2)))
     for shown in ("text->audio", "mlp probe", "told apart by a plane", "by labels"):
         assert shown in describe(found)
     with pytest.raises(ConfigError, match="give --probe-on joint"):
@@ -94,7 +95,7 @@ def test_fields_of_lists_are_tags(muser, tmp_path):
         small_config(data={"templates": TEMPLATES}), evaluate=EvaluateConfig(fields=("themes", "instrument", "absent"))
     )
     sets = [index_of(tagged(tmp_path, *args)) for args in ((30, "val"), (40, "train", 30))]
-    per_row: dict[str, np.ndarray] = {}
+    per_row: PerRow = {}
     settings = Probing(kinds=("linear",), seeds=0)
     found = evaluate(muser, config, sets[0], LOCAL, train_index=sets[1], probing=settings, per_row=per_row)
     json.dumps(found, allow_nan=False)
@@ -104,7 +105,7 @@ def test_fields_of_lists_are_tags(muser, tmp_path):
         assert tagging["rows"] == 16  # of 24 with the field, 8 have none of the tags: an empty list says nothing
         assert set(tagging["by_tag"]) == {"sea", "war", "Love"}
         assert found["probes"]["themes"][name]["linear"]["tags"] == 3
-        assert per_row[f"linear probe themes by {name}"].shape == (16, 2, 3)
+        assert per_row[f"linear probe themes by {name}"][1].shape == (16, 2, 3)
     assert "themes" not in found["zero_shot"] and "themes" not in found["robustness"]
     assert found["few_shot"] == {}
     assert found["skipped_fields"] == {"absent": "0 different values in the data"}
