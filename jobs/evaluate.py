@@ -53,6 +53,9 @@ class Evaluate:
     """JSON file with arguments of fsspec's file systems, as of data.storage_options in training."""
     device: str = "cpu"
     """Where the towers compute: cpu, cuda, cuda:1, ..."""
+    keep: Path | None = None
+    """Folder for embeddings: an interrupted run goes on from there, and another one with the same model and shards
+    makes none again."""
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """File to write the scores to."""
     html: Path | None = None
@@ -95,16 +98,19 @@ def job(arguments: list[str]) -> None:
     val = index_shards(storage, storage.expand(options.val, "val"), "val")
     train = index_shards(storage, storage.expand(options.train, "train"), "train") if options.train else None
 
-    test = embed(model, config, val, storage, Progress("rows embedded"))
+    test = embed(model, config, val, storage, Progress("rows embedded"), options.keep)
     fitted = None
     if train:
         more = replace(config, evaluate=replace(config.evaluate, rows=options.train_rows))
-        fitted = embed(model, more, train, storage, Progress("training rows embedded"))
+        fitted = embed(model, more, train, storage, Progress("training rows embedded"), options.keep)
     per_row: PerRow = {}
     probing = Probing(options.probe_on, options.probes, options.seeds)
     evaluation = {"model": options.model, "data": list(options.val), "trained_on": list(options.train)}
     evaluation |= score(model, config, test, fitted, probing, per_row)
     print(describe(evaluation))
+    if other:
+        evaluation["comparison"] = compare_rows(per_row, other)
+        print(f"\n{describe_comparison(evaluation['comparison'])}\n")
     if options.per_row:
         save_rows(options.per_row, per_row)
         print(f"each row's results: {options.per_row}")
@@ -115,9 +121,6 @@ def job(arguments: list[str]) -> None:
         from muser_dist.evaluate.scores_page import write_evaluation
 
         print(f"page: {write_evaluation(options.html, evaluation)}")
-    if other:
-        comparison = compare_rows(per_row, other)
-        print(f"\n{describe_comparison(comparison)}")
 
 
 if __name__ == "__main__":

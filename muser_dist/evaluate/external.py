@@ -128,9 +128,12 @@ class External:
         return self._ask("encode_text", list(sentences))
 
     def _ask(self, function: str, items: list[Any]) -> np.ndarray:
-        """What one of the model's functions says, (n, D) float32; no columns where it is not there or not asked."""
-        if not items or not hasattr(self.model, function):
+        """What one of the model's functions says, (n, D) float32; no columns where there is no such function."""
+        if not hasattr(self.model, function):
             return np.zeros((len(items), 0), np.float32)
+        if not items:  # for D alone
+            trial = "music" if function == "encode_text" else np.ones(self.config.data.crop_samples, np.float32) / 2
+            return self._ask(function, [trial])[:0]
         rate = () if function == "encode_text" else (self.model.sample_rate,)
         found = np.asarray(getattr(self.model, function)(items, *rate), np.float32)
         if found.ndim != 2 or len(found) != len(items):

@@ -90,6 +90,17 @@ def test_a_model_of_others_is_scored_as_ours_are(tmp_path):
         evaluate(external, config, test, LOCAL, train_index=train)
 
 
+def test_chunks_of_which_nothing_can_be_used_have_the_same_width(tmp_path):
+    bad = [(f"bad{i:03d}", {"flac": b"no sound", "json": b"[1, 2]"}) for i in range(70)]
+    write_shard(tmp_path / "all.tar", [*bad, *((f"good{i}", sample(i)) for i in range(3))])
+    external, config = load_model(f"{__name__}:ideal")
+    config = replace(config, data=replace(config.data, templates=TEMPLATES), train=replace(config.train, chunk=32))
+    rows = embed(external, config, index_of(f"{tmp_path}/all.tar"), LOCAL)
+    assert rows.joint["audio"].shape == rows.joint["text"].shape == (73, 4)
+    assert rows.valid["audio"].sum() == rows.valid["text"].sum() == 3
+    assert len(rows.problems) == 140 and "cannot be decoded" in rows.problems[0]
+
+
 def test_fields_of_lists_are_tags(muser, tmp_path):
     config = replace(
         small_config(data={"templates": TEMPLATES}), evaluate=EvaluateConfig(fields=("themes", "instrument", "absent"))
@@ -122,6 +133,58 @@ def test_features_are_what_the_head_projects(muser, tmp_path):
         projected /= np.linalg.norm(projected, axis=1, keepdims=True)
         np.testing.assert_allclose(rows.joint[name], projected, atol=1e-5)
     np.testing.assert_allclose(rows.joint["audio"], muser.encode_audio([tone(i) for i in range(3)], 16_000), atol=1e-4)
+
+
+def test_what_is_embedded_may_be_kept(muser, tmp_path, monkeypatch):
+    """An interruption costs what its part had done; another model, another crop or other shards begin anew."""
+    monkeypatch.setattr("muser_dist.evaluate.embedding._PART_ROWS", 4)  # two chunks
+    config, index = small_config(), index_of(write_shards(tmp_path, [5, 6]))
+    whole = embed(muser, config, index, LOCAL)
+    calls: list[str] = []
+
+    class Watched:
+        modalities, encode_text = muser.modalities, staticmethod(muser.encode_text)
+
+        def __init__(self, after: int = 100):
+            self.after = after
+
+        def encode_chunk(self, modality, chunk):
+            if len(chunk["row"]) > 1:  # no trial
+                calls.append(modality)
+                if len(calls) > self.after:
+                    raise KeyboardInterrupt
+            return muser.encode_chunk(modality, chunk)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(Watched(after=3 * 3), config, index, LOCAL, keep=tmp_path / "kept")  # in the second part
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    calls.clear()
+    told: list[tuple[int, int]] = []
+    again = embed(Watched(), config, index, LOCAL, lambda *numbers: told.append(numbers), tmp_path / "kept")
+    assert len(calls) == 3 * 4 and told[0] == (4, 11) and told[-1] == (11, 11)
+    assert (again.keys, again.fields, again.problems) == (whole.keys, whole.fields, whole.problems)
+    for kind in ("joint", "tower", "valid"):
+        for name in muser.modalities:
+            np.testing.assert_array_equal(getattr(again, kind)[name], getattr(whole, kind)[name])
+    calls.clear()
+    embed(Watched(), config, index, LOCAL, keep=tmp_path / "kept")
+    assert calls == []
+    other = Muser(MultimodalModel(replace(config, seed=1)), config)
+    for changed in (
+        (other, config, index),
+        (muser, small_config(data={"crop_seconds": 0.4}), index),
+        (muser, config, index_of(f"{tmp_path}/train-00000.tar")),
+    ):
+        before = len(list((tmp_path / "kept").iterdir()))
+        embed(*changed, LOCAL, keep=tmp_path / "kept")
+        assert len(list((tmp_path / "kept").iterdir())) > before
+    broken = min((tmp_path / "kept").iterdir())
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(DataError, match="delete the file"):
+        for changed in ((muser, config, index), (other, config, index)):
+            embed(*changed, LOCAL, keep=tmp_path / "kept")
+        embed(muser, small_config(data={"crop_seconds": 0.4}), index, LOCAL, keep=tmp_path / "kept")
+        embed(muser, config, index_of(f"{tmp_path}/train-00000.tar"), LOCAL, keep=tmp_path / "kept")
 
 
 def test_embeddings_that_are_not_finite_are_an_error_and_collapse_scores_chance(muser, tmp_path):
