@@ -23,7 +23,7 @@ class Evaluate:
     --fields genre --against a.npz
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run's folder or an exported model's; "clap", a CLAP checkpoint of transformers in the folder --weights; or a
     function of your own, my_package.models:load, that returns an object with encode_audio(clips, sample_rate),
     encode_text(sentences), sample_rate and seconds (muser_dist/evaluate/external.py)."""
@@ -82,13 +82,17 @@ def job(arguments: list[str]) -> None:
     )
     from muser_dist.evaluate.embedding import embed
     from muser_dist.evaluate.evaluator import Probing, score
-    from muser_dist.evaluate.external import load_model
+    from muser_dist.evaluate.external import External, load_model
     from muser_dist.evaluate.summary import describe
 
     if options.seeds == 1:
         raise ConfigError("--seeds 1 gives no interval; give 2 or more, or 0 for no few-shot curves")
     other = load_rows(options.against) if options.against else None  # before the work, for its errors
     model, config = load_model(options.model, options.weights, options.device)
+    if options.train and options.probe_on == "tower" and isinstance(model, External) and not model.has_features:
+        raise ConfigError(
+            f"{options.model} has no audio_features(clips, sample_rate) for probes; give --probe-on joint"
+        )
     templates = options.templates or config.data.templates
     check_templates(templates, "--templates")
     fields = options.fields if options.fields is not None else config.evaluate.fields

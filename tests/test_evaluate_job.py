@@ -63,7 +63,9 @@ def test_two_models_are_scored_and_compared(model, tmp_path, capsys, monkeypatch
     assert "not compared: retrieval text->spectrogram (only one model has it)" in shown
 
 
-def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path):
+def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
     val = write_shards(tmp_path, [4], "val")
     (tmp_path / "not.npz").write_text("nothing")
     for arguments, said in (
@@ -71,6 +73,7 @@ def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path):
         ([str(model), "--val", f"{tmp_path}/none-*.tar"], r"none-\*\.tar"),
         ([str(tmp_path), "--val", val], r"no model\.safetensors"),
         ([str(model), "--val", val, "--templates", "no field"], "--templates: 'no field' names no field"),
+        (["mine_too:load", "--weights", "w", "--val", val, "--train", val], "give --probe-on joint"),
         ([str(model), "--val", val, "--seeds", "1"], "--seeds 1 gives no interval"),
     ):
         with pytest.raises(MuserError, match=said):

@@ -183,9 +183,11 @@ def _digest(model: Encoder, config: RunConfig, index: ShardIndex) -> str:
     """Tells sets of embeddings apart."""
     noise = np.random.default_rng(0).integers(-8000, 8000, (1, config.data.crop_samples), np.int16)
     heard = {"audio": noise, "audio_length": np.array([config.data.crop_samples], np.int32), "row": np.zeros(1, int)}
-    content = hashlib.sha256(model.encode_text(["a slow waltz, played on the flute"]).tobytes())
+    content = hashlib.sha256()
     for name in model.modalities:
-        if name != "text":
+        if name == "text":
+            content.update(model.encode_text(["a slow waltz, played on the flute"]).tobytes())
+        else:
             for array in model.encode_chunk(name, heard | {f"valid_{name}": np.ones(1, bool)}):
                 content.update(array.tobytes())
     data = {name: value for name, value in to_dict(config)["data"].items() if name not in ("train", "val", "sources")}

@@ -77,9 +77,9 @@ def score(
 ) -> dict[str, Any]:
     """Scores embedded rows.
 
-    Texts are made from the first template, and taken once each. Classes of a field are the values that occur in the
-    data; a class is the mean of the unit vectors of what the templates say of its value alone. A field whose values
-    are lists is one of tags.
+    A model without a text tower is scored by what needs none. Texts are made from the first template, and taken once
+    each. Classes of a field are the values that occur in the data; a class is the mean of the unit vectors of what the
+    templates say of its value alone. A field whose values are lists is one of tags.
 
     Args:
         model: encodes the prompts.
@@ -96,14 +96,15 @@ def score(
         field, modality and kind, "few_shot" by field and modality, "probes_on" and "train_rows".
 
     Raises:
-        DataError: there is no usable row, or an embedding is not finite.
-        ConfigError: the model has no text tower or none of sound, or nothing to probe.
+        DataError: there is no usable row, an embedding is not finite, or the model hears nothing.
+        ConfigError: the model has nothing to probe.
     """
     per_row = {} if per_row is None else per_row
     sounds = [name for name in model.modalities if name != "text"]
-    if "text" not in model.modalities or not sounds:
-        raise ConfigError(f"nothing to score: the model has no text or no sound, only {', '.join(model.modalities)}")
-    if not any((test.valid[name] & test.valid["text"]).any() for name in sounds):
+    if not sounds:
+        raise DataError("nothing to score: the model has no tower that hears")
+    everything = np.ones(len(test), bool)
+    if not any((test.valid[name] & test.valid.get("text", everything)).any() for name in sounds):
         said = (test.problems or ["?"])[0]
         raise DataError(f"evaluation: none of {len(test)} rows can be used; the first says: {said}")
     result: dict[str, Any] = {
@@ -125,6 +126,9 @@ def score(
         labels = read_labels(field, test.fields)
         if reason := _unfit(labels):
             result["skipped_fields"][field] = reason
+            continue
+        if "text" not in model.modalities:
+            result["skipped_fields"][f"{field}, zero-shot"] = "the model has no text tower"
             continue
         prompts = embed_prompts(model.encode_text, config.data.templates, field, labels.classes)
         if not len(prompts):

@@ -102,6 +102,11 @@ class External:
             raise ConfigError(f"model: what {name} returns has no {', '.join(lacking)}")
 
     @property
+    def has_features(self) -> bool:
+        """Whether the model gives its tower's output before the head."""
+        return hasattr(self.model, "audio_features")
+
+    @property
     def config(self) -> RunConfig:
         """A config that reads clips as the model wants them."""
         seconds, rate = self.model.seconds, self.model.sample_rate
@@ -132,7 +137,8 @@ class External:
         if not hasattr(self.model, function):
             return np.zeros((len(items), 0), np.float32)
         if not items:  # for D alone
-            trial = "music" if function == "encode_text" else np.ones(self.config.data.crop_samples, np.float32) / 2
+            time = np.arange(self.config.data.crop_samples, dtype=np.float32) / self.model.sample_rate
+            trial = "music" if function == "encode_text" else np.sin(2 * np.pi * 440 * time) / 2
             return self._ask(function, [trial])[:0]
         rate = () if function == "encode_text" else (self.model.sample_rate,)
         found = np.asarray(getattr(self.model, function)(items, *rate), np.float32)
