@@ -110,7 +110,7 @@ def job(arguments: list[str]) -> None:
     per_row: PerRow = {}
     probing = Probing(options.probe_on, options.probes, options.seeds)
     evaluation = {"model": options.model, "data": list(options.val), "trained_on": list(options.train)}
-    evaluation |= score(model, config, test, fitted, probing, per_row)
+    evaluation |= score(model, config, test, fitted, probing, per_row, Progress("fields probed"))
     print(describe(evaluation))
     if other:
         evaluation["comparison"] = compare_rows(per_row, other)

@@ -74,6 +74,7 @@ def score(
     train: Embedded | None = None,
     probing: Probing | None = None,
     per_row: PerRow | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores embedded rows.
 
@@ -88,6 +89,7 @@ def score(
         train: rows that probes are fitted on.
         probing: what is probed.
         per_row: filled with the results of each row, for a paired comparison with another model's.
+        progress: called with the number of fields that are probed, and of all.
 
     Returns:
         What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
@@ -137,7 +139,7 @@ def score(
         for name in sounds:
             _zero_shot(result, per_row, field, name, test, labels, prompts)
     if train is not None:
-        _probe(result, per_row, config.evaluate.fields, test, train, probing or Probing())
+        _probe(result, per_row, config.evaluate.fields, test, train, probing or Probing(), progress)
     return result
 
 
@@ -179,13 +181,16 @@ def _probe(
     test: Embedded,
     train: Embedded,
     probing: Probing,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     sounds = [name for name in test.joint if name != "text"]
     of_test, of_train = (getattr(rows, probing.on) for rows in (test, train))
     if not all(of_test[name].shape[1] for name in sounds):
         raise ConfigError("the model does not say what its towers put out before their heads; give --probe-on joint")
     result |= {"probes": {}, "few_shot": {}, "probes_on": probing.on, "train_rows": len(train)}
-    for field in fields:
+    for number, field in enumerate(fields):
+        if progress:
+            progress(number, len(fields))
         labels = read_labels(field, test.fields, train.fields)
         if reason := _unfit(labels):
             result["skipped_fields"].setdefault(field, reason)
@@ -206,6 +211,8 @@ def _probe(
             if probing.seeds:
                 curve = few_shot(*arrays, labels.classes, seeds=probing.seeds)
                 result["few_shot"].setdefault(field, {})[name] = curve
+    if progress:
+        progress(len(fields), len(fields))
 
 
 def _results(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
