@@ -129,7 +129,7 @@ def embed(
             of a sentence and a second of noise, shards by their names and rows.
 
     Raises:
-        DataError: a kept file is broken.
+        DataError: there are no rows, or a kept file is broken.
     """
     total, chunk = min(index.total, config.evaluate.rows), config.train.chunk
     step = max(1, _PART_ROWS // chunk)  # chunks in a part
@@ -161,6 +161,8 @@ def embed(
             gathered = []
             if path := kept[len(parts) - 1]:
                 parts[-1].save(path)
+    if not parts:
+        raise DataError(f"{', '.join(index.urls[:3])}: there is no row to score")
     return Embedded.join(parts)
 
 
