@@ -132,9 +132,13 @@ class Muser:
 
     def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
-        names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
-        parts = [self._forward(modality, {name: chunk[name] for name in names}) for chunk in chunks]
+        parts = [self.encode_chunk(modality, chunk)[0] for chunk in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def encode_chunk(self, modality: Modality, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds one chunk: as `encode_chunks`, and the tower's output before its head, (rows, width) float32."""
+        names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
+        return self._forward(modality, {name: chunk[name] for name in names})
 
     def _encode_clips(self, modality: Modality, clips: Sequence[Clip], sample_rate: int | None) -> np.ndarray:
         if isinstance(clips, (str, Path, bytes, np.ndarray)):
@@ -165,12 +169,13 @@ class Muser:
         self, modality: Modality, items: Sequence[Any], tensors: Callable[[Any], dict[str, np.ndarray]]
     ) -> np.ndarray:
         size = self.config.train.chunk
-        parts = [self._forward(modality, tensors(items[i : i + size])) for i in range(0, len(items), size)]
+        parts = [self._forward(modality, tensors(items[i : i + size]))[0] for i in range(0, len(items), size)]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
-    def _forward(self, modality: Modality, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    def _forward(self, modality: Modality, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if modality not in self.modalities:
             raise ConfigError(f"this model has no {modality} tower; it has {', '.join(self.modalities)}")
         batch = {name: torch.tensor(values, device=self.device) for name, values in arrays.items()}
         with torch.inference_mode():
-            return torch.nn.functional.normalize(self.model.encode(modality, batch), dim=1).cpu().numpy()
+            joint, features = self.model.encode_with_features(modality, batch)
+            return torch.nn.functional.normalize(joint, dim=1).cpu().numpy(), features.float().cpu().numpy()

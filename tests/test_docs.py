@@ -1,4 +1,4 @@
-"""What docs/data.md tells a user to do: its commands, in order, in a folder with music."""
+"""What pages tell a user to do: the commands of docs/data.md, in order, in a folder with music; options of all."""
 
 import csv
 import json
@@ -75,9 +75,10 @@ def test_the_commands_of_the_page(address, tmp_path):
     assert {"genre", "instrument"} <= set(json.loads((run / "evaluation.json").read_text())["zero_shot"])
 
 
-def test_every_command_of_the_page_names_options_that_exist():
+@pytest.mark.parametrize("page", [PAGE, PAGE.with_name("evaluation.md")], ids=lambda page: page.name)
+def test_every_command_of_the_page_names_options_that_exist(page):
     """Also those that need a cluster or a bucket: each option occurs in the help of its job."""
-    commands = re.findall(r"python (jobs/\w+\.py) (\w+)((?:\\\n|[^\n`])*)", PAGE.read_text())
+    commands = re.findall(r"python (jobs/\w+\.py) (\w+)((?:\\\n|[^\n`])*)", page.read_text())
     assert commands
     helps: dict[tuple[str, str], str] = {}
     for job, subject, arguments in commands:

@@ -9,7 +9,10 @@ import torch
 
 from muser_dist import Muser
 from muser_dist.errors import CheckpointError, ConfigError, DataError
-from muser_dist.evaluate.evaluator import describe, evaluate, prompts_for, same_spelling
+from muser_dist.evaluate.evaluator import evaluate
+from muser_dist.evaluate.fields import same_spelling
+from muser_dist.evaluate.summary import describe
+from muser_dist.evaluate.zero_shot import prompts_for
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import INSTRUMENTS, encode, tone, write_shards

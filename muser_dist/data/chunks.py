@@ -43,7 +43,7 @@ from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
-from muser_dist.data.text import TextPolicy, flat, load_tokenizer, read_fields, text_id
+from muser_dist.data.text import TextPolicy, flat, load_tokenizer, one_line, read_fields, text_id
 from muser_dist.errors import DataError
 
 Chunk = dict[str, Any]
@@ -231,7 +231,7 @@ class ChunkReader:
                 if len(self.val_ids):
                     in_val[i] = np.isin([*ids, *title_id(values)], self.val_ids).any()
                 if not self.plan.shuffle:
-                    fields[i] = json.dumps(flat(values))
+                    fields[i] = json.dumps(one_line(values))
                 if data.label and (label := flat(values).get(data.label)):
                     label_ids[i] = text_id({data.label: label})
                 sentences[i], facts = policies[outline.rows.source[i]].say(values, rng)

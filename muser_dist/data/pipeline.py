@@ -66,8 +66,11 @@ def training_reader(
     )
 
 
-def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage) -> Iterator[Chunk]:
-    """One pass over the first config.evaluate.rows rows in order, in this process; the last chunk is padded."""
+def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage, first: int = 0) -> Iterator[Chunk]:
+    """One pass over the first config.evaluate.rows rows in order, in this process; the last chunk is padded.
+
+    `first` is the number of the chunk to begin with.
+    """
     size = config.train.chunk
     plan = Plan([index.rows], [1.0], size, config.seed, config.data.window_shards, shuffle=False)
     # Waveforms come along whatever training does: the towers make their spectrograms themselves.
@@ -75,7 +78,7 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage) ->
     source = SourceConfig("val", config.data.val)
     nothing = np.zeros(0, np.int64)
     reader = ChunkReader(RowReader(index, storage), plan, [source], data, config.model, size, 1, nothing)
-    yield from reader.read(range(-(-min(plan.total, config.evaluate.rows) // size)))
+    yield from reader.read(range(first, -(-min(plan.total, config.evaluate.rows) // size)))
 
 
 def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:

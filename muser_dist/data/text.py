@@ -123,14 +123,20 @@ def _one_line(value: str) -> str:
     return " ".join(value.split())
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, str]:
-    """The fields as one line each: lists joined, without those that differ by language."""
-    lines = {
-        name: ", ".join(map(_one_line, value)) if isinstance(value, list) else _one_line(value)
-        for name, value in values.items()
-        if not isinstance(value, dict)
-    }
+def one_line(values: Mapping[str, Any]) -> dict[str, Value]:
+    """The fields with each value, or each entry of a list, as one line; without those that differ by language."""
+    lines: dict[str, Value] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            lines[name] = [line for entry in value if (line := _one_line(entry))]
+        elif not isinstance(value, dict):
+            lines[name] = _one_line(value)
     return {name: line for name, line in lines.items() if line}
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """As `one_line`, with lists joined."""
+    return {n: value if isinstance(value, str) else ", ".join(value) for n, value in one_line(values).items()}
 
 
 def check_templates(templates: tuple[str, ...], setting: str = "data.templates") -> None:

@@ -1,4 +1,4 @@
-"""The charts of a run's page: metrics.jsonl over samples, as SVG."""
+"""The charts of pages, as SVG: metrics.jsonl over samples, scores over the share of labels."""
 
 import io
 import math
@@ -21,7 +21,7 @@ _POINTS = 1_000  # drawn of each curve; more cannot be told apart at the size of
 # What an SVG file has and SVG inside a page must not: prolog, namespaces, a size that does not follow the page,
 # a style sheet, and ids such as figure_1 that every chart has.
 _OF_A_DOCUMENT = re.compile(
-    r'^.*?(?=<svg)| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"|<style.*?</style>| id="[a-z0-9.]+_\d+"', re.S
+    r'^.*?(?=<svg)| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"|<style.*?</style>| id="[A-Za-z0-9.]+_\d+"', re.S
 )
 
 
@@ -54,6 +54,45 @@ def draw_charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             svg = _svg(chart.title, samples, list(curves.values()), chart.from_zero, percent=chart.show is percent)
             drawn.append({"title": chart.title, "unit": chart.unit, "legend": legend, "svg": svg})
+    return drawn
+
+
+def draw_few_shot(few_shot: dict[str, Any]) -> list[dict[str, Any]]:
+    """A chart for each field: title, unit, legend, notes and SVG.
+
+    Args:
+        few_shot: that of an evaluation.
+    """
+    drawn: list[dict[str, Any]] = []
+    for field, by_modality in few_shot.items():
+        shares: list[float] = []
+        curves, bands, legend, notes = [], [], [], []
+        name = "accuracy"
+        for modality, curve in by_modality.items():
+            name = "roc_auc" if any("roc_auc" in point for point in curve["points"]) else name
+            points = [point for point in curve["points"] if number(point.get(name, {}).get("mean")) >= 0]
+            missing = [percent(point["share"]) for point in curve["points"] if "impossible" in point]
+            if missing:
+                notes.append(f"{modality}: {', '.join(missing)} of the labels are too few for a row of each class")
+            shares = [100 * point["share"] for point in curve["points"]]
+            means = {point["share"]: point[name]["mean"] for point in points}
+            ends = {point["share"]: point[name]["interval"] or [math.nan] * 2 for point in points}
+            curves.append([means.get(point["share"], math.nan) for point in curve["points"]])
+            bands.append([ends.get(point["share"], [math.nan] * 2) for point in curve["points"]])
+            if points:
+                legend.append((f"{modality}, {percent(points[-1]['share'])}", percent(points[-1][name]["mean"])))
+        if legend:
+            svg = _svg(
+                f"Scores by share of labels, {len(drawn) + 1}",
+                shares,
+                curves,
+                False,
+                True,
+                label="% of labels",
+                bands=bands,
+            )
+            unit = f"{'ROC-AUC' if name == 'roc_auc' else name} over the share of labels"
+            drawn.append({"title": field, "unit": unit, "legend": legend, "notes": notes, "svg": svg})
     return drawn
 
 
@@ -90,21 +129,40 @@ def _charts(recorded: list[str]) -> list[_Chart]:
     ]
 
 
-def _svg(title: str, samples: list[float], curves: list[list[float]], from_zero: bool, percent: bool) -> Markup:
-    """Curves as SVG whose colours are the page's, so that they follow light and dark. It holds no text from data."""
+def _svg(
+    title: str,
+    places: list[float],
+    curves: list[list[float]],
+    from_zero: bool,
+    percent: bool,
+    label: str = "samples",
+    bands: list[list[list[float]]] | None = None,
+) -> Markup:
+    """Curves as SVG whose colours are the page's, so that they follow light and dark. It holds no text from data.
+
+    With `bands`, [low, high] for each point of each curve, places are few and spread evenly by their logarithm.
+    """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
         figure = Figure(figsize=(3.9, 2.3), layout="constrained")
         axes = figure.subplots()
-        marker = "o" if len(samples) == 1 else None
-        for curve, colour in zip(curves, COLOURS * len(curves), strict=False):
-            axes.plot(samples, curve, color=colour, linewidth=1.6, marker=marker, markersize=4)
+        marker = "o" if len(places) == 1 or bands else None
+        for i, curve in enumerate(curves):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(places, curve, color=colour, linewidth=1.6, marker=marker, markersize=4)
+            if bands:
+                low, high = zip(*bands[i], strict=True)
+                axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         if from_zero:
             finite = [v for curve in curves for v in curve if math.isfinite(v)]
             axes.set_ylim(min(0.0, 1.06 * min(finite)), max(1.06 * max(finite), 0.05 if percent else 1e-12))
-        axes.set_xlabel("samples")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(label)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if bands:
+            axes.set_xscale("log")
+            axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
+            axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %" if percent else f"{v:g}"))
         axes.grid(linewidth=0.5, alpha=0.25, color="#000000")
         axes.tick_params(bottom=False, left=False)

@@ -1,129 +1,222 @@
-"""Scores a model on validation shards: retrieval in both directions, zero-shot classification."""
+"""Scores any model on shards: retrieval, zero-shot, geometry; with training shards, probes and few-shot curves too."""
 
-import json
-from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from muser_dist.config import RunConfig
-from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
-from muser_dist.data.text import normal_form, render
-from muser_dist.errors import DataError
-from muser_dist.evaluate.retrieval import text_audio_retrieval, unit_rows
-from muser_dist.evaluate.zero_shot import zero_shot
-from muser_dist.muser import Muser
+from muser_dist.errors import ConfigError, DataError
+from muser_dist.evaluate.classification import predict
+from muser_dist.evaluate.comparison import PerRow
+from muser_dist.evaluate.embedding import Embedded, Encoder, embed
+from muser_dist.evaluate.fields import Labels, read_labels
+from muser_dist.evaluate.geometry import geometry
+from muser_dist.evaluate.probes import Kind, few_shot, probe
+from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, score_ranks
+from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, robustness, zero_shot
 
 
-def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storage) -> dict[str, Any]:
-    """Scores every modality against text.
+@dataclass(frozen=True)
+class Probing:
+    """What is probed, and how."""
 
-    Queries of text→x are the different texts, and right are all clips whose text states the
-    same facts; texts are made from the first template. Classes of a field are the values that
-    occur in the data; a class is the mean embedding of what the templates say of its value alone.
+    on: Literal["tower", "joint"] = "tower"
+    """The towers' output before their heads, as is usual, or the joint space."""
+    kinds: tuple[Kind, ...] = ("linear", "mlp")
+    """Probes to fit."""
+    seeds: int = 5
+    """Draws of labels for each point of the few-shot curves; 0 leaves them out."""
+
+
+def evaluate(
+    model: Encoder,
+    config: RunConfig,
+    index: ShardIndex,
+    storage: Storage,
+    *,
+    train_index: ShardIndex | None = None,
+    probing: Probing | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    per_row: PerRow | None = None,
+) -> dict[str, Any]:
+    """Embeds shards and scores what came out; `score` without the reading.
 
     Args:
-        muser: the model.
+        model: Muser, or a model of others.
         config: the run's config; its `data` must suit the model, `evaluate` says what to score.
-        index: the shards.
+        index: the shards to score on.
         storage: where they are read from.
+        train_index: shards that probes are fitted on; there are no probes without.
+        probing: what is probed.
+        progress: called now and then with the rows that are done and all, for each set of shards.
+        per_row: filled with the results of each row, for a paired comparison with another model's.
 
     Returns:
-        what evaluation.json holds: "rows", "rows_without" (by modality, rows that could not be
-        used), "retrieval", "zero_shot", "skipped_fields".
+        What `score` returns.
 
     Raises:
         DataError: the shards hold no usable row.
+        ConfigError: the model cannot be scored, or not probed in this way.
     """
-    if "text" not in muser.modalities:
-        raise DataError(f"nothing to score: the model has no text tower, only {', '.join(muser.modalities)}")
-    kept: dict[str, list[Any]] = {"row": [], "text_id": [], "fields": []}
-    embeddings: dict[str, list[np.ndarray]] = {name: [] for name in muser.modalities}
-    valid: dict[str, list[np.ndarray]] = {name: [] for name in muser.modalities}
-    reasons: list[str] = []
-    for chunk in evaluation_chunks(config, index, storage):
-        for name in muser.modalities:
-            embeddings[name].append(muser.encode_chunks(name, [chunk]))
-            valid[name].append(chunk[f"valid_{name}"])
-        for key, values in kept.items():
-            values.extend(chunk[key])
-        reasons.extend(json.loads(problem)["reason"] for problem in chunk["problems"])
-    real = np.array(kept["row"]) >= 0
-    joined = {name: np.concatenate(parts) for name, parts in embeddings.items()}
-    usable = {name: np.concatenate(parts) for name, parts in valid.items()}
-    text_ids = np.array(kept["text_id"])
-    fields = [json.loads(values) for values in kept["fields"]]
-    others = [name for name in muser.modalities if name != "text"]
-    if not any((usable[name] & usable["text"]).any() for name in others):
-        raise DataError(f"evaluation: none of {real.sum()} rows can be used; the first says: {(reasons or ['?'])[0]}")
+    test = embed(model, config, index, storage, progress)
+    train = None if train_index is None else embed(model, config, train_index, storage, progress)
+    return score(model, config, test, train, probing or Probing(), per_row)
 
-    retrieval: dict[str, Any] = {}
-    for name in others:
-        both = usable[name] & usable["text"]
-        if both.any():
-            retrieval |= text_audio_retrieval(joined[name], joined["text"], text_ids, both, audio_name=name)
-    scores: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    for field in config.evaluate.fields:
-        labels = same_spelling([values.get(field) for values in fields])
-        classes = sorted({label for label in labels if label is not None})
-        prompts = {value: prompts_for(config.data.templates, field, value) for value in classes}
-        if len(classes) < 2:
-            skipped[field] = f"{len(classes)} different values in the data"
-        elif not all(prompts.values()):
-            skipped[field] = "no template can say it alone"
-        else:
-            means = np.stack([muser.encode_text(prompts[value]).mean(axis=0) for value in classes])
-            scores[field] = {
-                name: zero_shot(
-                    joined[name][usable[name]],
-                    unit_rows(means, f"class of {field}"),
-                    classes,
-                    [label for label, use in zip(labels, usable[name], strict=True) if use],
-                )
-                for name in others
-                if any(label is not None and use for label, use in zip(labels, usable[name], strict=True))
-            }
-    return {
-        "rows": int(real.sum()),
-        "rows_without": {name: int((real & ~flags).sum()) for name, flags in usable.items()},
-        "retrieval": retrieval,
-        "zero_shot": scores,
-        "skipped_fields": skipped,
+
+def score(
+    model: Encoder,
+    config: RunConfig,
+    test: Embedded,
+    train: Embedded | None = None,
+    probing: Probing | None = None,
+    per_row: PerRow | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores embedded rows.
+
+    A model without a text tower is scored by what needs none. Texts are made from the first template, and taken once
+    each. Classes of a field are the values that occur in the data; a class is the mean of the unit vectors of what the
+    templates say of its value alone. A field whose values are lists is one of tags.
+
+    Args:
+        model: encodes the prompts.
+        config: `data.templates` and `evaluate.fields`.
+        test: rows to score.
+        train: rows that probes are fitted on.
+        probing: what is probed.
+        per_row: filled with the results of each row, for a paired comparison with another model's.
+        progress: called with the number of fields that are probed, and of all.
+
+    Returns:
+        What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
+        direction; "zero_shot" and "tagging", by field and modality; "robustness" to wording likewise, where two
+        templates can say the field; "geometry"; "skipped_fields" with reasons. With training rows also "probes" by
+        field, modality and kind, "few_shot" by field and modality, "probes_on" and "train_rows".
+
+    Raises:
+        DataError: there is no usable row, an embedding is not finite, or the model hears nothing.
+        ConfigError: the model has nothing to probe.
+    """
+    per_row = {} if per_row is None else per_row
+    sounds = [name for name in model.modalities if name != "text"]
+    if not sounds:
+        raise DataError("nothing to score: the model has no tower that hears")
+    everything = np.ones(len(test), bool)
+    if not any((test.valid[name] & test.valid.get("text", everything)).any() for name in sounds):
+        said = (test.problems or ["?"])[0]
+        raise DataError(f"evaluation: none of {len(test)} rows can be used; the first says: {said}")
+    result: dict[str, Any] = {
+        "rows": len(test),
+        "rows_without": {name: int((~flags).sum()) for name, flags in test.valid.items()},
+        "retrieval": {},
+        "zero_shot": {},
+        "tagging": {},
+        "robustness": {},
+        "geometry": geometry(test.joint, test.valid, test.text_ids),
+        "skipped_fields": {},
     }
+    for direction, asked in directions(test.joint, test.valid, test.text_ids):
+        found, (*_, query_ids, candidate_ids) = ranks(*asked), asked
+        result["retrieval"][direction] = score_ranks(found, query_ids, candidate_ids)
+        precision = average_precision(found, answers(query_ids, candidate_ids))
+        per_row[f"retrieval {direction}"] = query_ids, np.stack([found[:, 0], precision], axis=1)
+    for field in config.evaluate.fields:
+        labels = read_labels(field, test.fields)
+        if reason := _unfit(labels):
+            result["skipped_fields"][field] = reason
+            continue
+        if "text" not in model.modalities:
+            result["skipped_fields"][f"{field}, zero-shot"] = "the model has no text tower"
+            continue
+        prompts = embed_prompts(model.encode_text, config.data.templates, field, labels.classes)
+        if not len(prompts):
+            result["skipped_fields"][field] = "no template can say it alone"
+            continue
+        for name in sounds:
+            _zero_shot(result, per_row, field, name, test, labels, prompts)
+    if train is not None:
+        _probe(result, per_row, config.evaluate.fields, test, train, probing or Probing(), progress)
+    return result
 
 
-def same_spelling(labels: list[str | None]) -> list[str | None]:
-    """The labels, each in the most frequent spelling of what means the same ("Rock" and "rock")."""
-    spellings: dict[str, Counter[str]] = defaultdict(Counter)
-    for label in labels:
-        if label is not None:
-            spellings[normal_form(label)][label] += 1
-    usual = {form: min(counts, key=lambda s: (-counts[s], s)) for form, counts in spellings.items()}
-    return [None if label is None else usual[normal_form(label)] for label in labels]
+def _unfit(labels: Labels) -> str | None:
+    """Why a field cannot be scored."""
+    if len(labels.classes) < (1 if labels.tags else 2):
+        return f"{len(labels.classes)} different values in the data"
+    return None
 
 
-def prompts_for(templates: tuple[str, ...], field: str, value: str) -> list[str]:
-    """What each template says of one field alone; templates that cannot are left out."""
-    return [sentence for sentence, facts in (render(t, {field: value}) for t in templates) if facts]
+def _zero_shot(
+    result: dict[str, Any],
+    per_row: PerRow,
+    field: str,
+    name: str,
+    test: Embedded,
+    labels: Labels,
+    prompts: np.ndarray,
+) -> None:
+    use = test.valid[name] if not labels.tags else test.valid[name] & labels.known[0]
+    known = use & labels.known[0]
+    if not known.any():
+        return
+    classes, truth = prompts.mean(axis=0), labels.sets[0]
+    scores = zero_shot(test.joint[name][use], classes, labels.classes, truth[use])
+    if labels.tags:
+        scores |= {"tags_left_out": labels.left_out, "without_label": int((test.valid[name] & ~use).sum())}
+    result["tagging" if labels.tags else "zero_shot"].setdefault(field, {})[name] = scores
+    if spread := robustness(test.joint[name][known], prompts, truth[known]):
+        result["robustness"].setdefault(field, {})[name] = spread
+    cosines = class_scores(test.joint[name][known], classes, labels.tags)
+    per_row[f"zero-shot {field} by {name}"] = np.flatnonzero(known), _results(cosines, truth[known])
 
 
-def describe(evaluation: dict[str, Any]) -> str:
-    """The scores as text for a terminal, with chance beside them."""
-    lines = [f"{'retrieval':<24}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'chance':>8}{'MRR':>8}{'median rank':>13}"]
-    for name, s in evaluation["retrieval"].items():
-        lines.append(
-            f"{name:<24}{s['R@1']:>8.3f}{s['R@5']:>8.3f}{s['R@10']:>8.3f}{s['chance_R@10']:>8.3f}"
-            f"{s['MRR']:>8.3f}{s['median_rank']:>8.0f} of {s['candidates']}"
-        )
-    lines.append(f"{'zero-shot':<24}{'accuracy':>10}{'macro F1':>10}{'majority':>10}{'chance':>8}{'classes':>9}")
-    for field, by_modality in evaluation["zero_shot"].items():
-        for modality, s in by_modality.items():
-            lines.append(
-                f"{f'{field} by {modality}':<24}{s['accuracy']:>10.3f}{s['macro_f1']:>10.3f}"
-                f"{s['majority']:>10.3f}{s['chance']:>8.3f}{len(s['classes']):>9}"
-            )
-    lines.extend(f"not scored: {field} ({reason})" for field, reason in evaluation["skipped_fields"].items())
-    return "\n".join(lines)
+def _probe(
+    result: dict[str, Any],
+    per_row: PerRow,
+    fields: tuple[str, ...],
+    test: Embedded,
+    train: Embedded,
+    probing: Probing,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    sounds = [name for name in test.joint if name != "text"]
+    of_test, of_train = (getattr(rows, probing.on) for rows in (test, train))
+    if not all(of_test[name].shape[1] for name in sounds):
+        raise ConfigError("the model does not say what its towers put out before their heads; give --probe-on joint")
+    result |= {"probes": {}, "few_shot": {}, "probes_on": probing.on, "train_rows": len(train)}
+    for number, field in enumerate(fields):
+        if progress:
+            progress(number, len(fields))
+        labels = read_labels(field, test.fields, train.fields)
+        if reason := _unfit(labels):
+            result["skipped_fields"].setdefault(field, reason)
+            continue
+        for name in sounds:
+            scored, seen = test.valid[name] & labels.known[0], train.valid[name] & labels.known[1]
+            columns = labels.sets[1][seen].T if labels.tags else [labels.sets[1][seen]]
+            if not scored.any() or not any(len(np.unique(column)) > 1 for column in columns):
+                reason = "training rows that differ in it" if scored.any() else "rows to score that have it"
+                result["skipped_fields"].setdefault(f"probe of {field} by {name}", f"there are no {reason}")
+                continue
+            arrays = of_train[name][seen], labels.sets[1][seen], of_test[name][scored], labels.sets[0][scored]
+            for kind in probing.kinds:
+                figures, scores = probe(kind, *arrays, labels.classes)
+                result["probes"].setdefault(field, {}).setdefault(name, {})[kind] = figures
+                rows = np.flatnonzero(scored), _results(scores, labels.sets[0][scored])
+                per_row[f"{kind} probe {field} by {name}"] = rows
+            if probing.seeds:
+                curve = few_shot(*arrays, labels.classes, seeds=probing.seeds)
+                result["few_shot"].setdefault(field, {})[name] = curve
+    if progress:
+        progress(len(fields), len(fields))
+
+
+def _results(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Per row: (true, predicted) class; of tags, which it has and its scores, (rows, 2, tags)."""
+    if labels.ndim == 2:
+        return np.stack([labels.astype(np.float32), scores.astype(np.float32)], axis=1)
+    return np.stack([labels, predict(scores, labels)], axis=1)

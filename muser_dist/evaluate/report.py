@@ -8,27 +8,19 @@ then shows what there is and says what there is not.
 
 import json
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from muser_dist.errors import CheckpointError
-from muser_dist.evaluate.charts import COLOURS, draw_charts
-from muser_dist.evaluate.formats import amount, fraction, number, percent
+from muser_dist.evaluate.charts import draw_charts
+from muser_dist.evaluate.formats import amount, number, percent
+from muser_dist.evaluate.scores_page import Values, mapping, page, scores_shown
 from muser_dist.files import write_whole
 
-_CLASSES = 24  # shown of a confusion matrix; the rarer ones are put together
-_CONFUSION_FIELDS = 2
 _REASONS, _EXAMPLES = 20, 3
-
-Values = dict[str, Any]
 
 
 def write_report(folder: Path) -> Path:
@@ -50,26 +42,19 @@ def write_report(folder: Path) -> Path:
     notes: list[str] = []
     config, run, evaluation = (_read_json(folder / f"{name}.json", notes) for name in ("config", "run", "evaluation"))
     metrics = _read_lines(folder / "metrics.jsonl", notes)
-    page = _environment().from_string(files("muser_dist.evaluate").joinpath("report.html.j2").read_text("utf-8"))
-    html = page.render(
+    html = page(
+        "report.html.j2",
         name=config.get("name") or folder.resolve().name,
         state=_state(config, metrics, evaluation),
         run={key: run.get(key) for key in ("command", "commit", "started")},
-        versions=_mapping(run.get("versions")),
-        machine=list(_flat(_mapping(run.get("machine")))),
+        versions=mapping(run.get("versions")),
+        machine=list(_flat(mapping(run.get("machine")))),
         notes=notes,
         facts=_facts(config, metrics),
         charts=draw_charts(metrics),
-        scored={key: evaluation.get(key) for key in ("data", "rows")}
-        | {"without": _mapping(evaluation.get("rows_without"))},
-        tiles=_tiles(evaluation),
-        retrieval=_retrieval(evaluation),
-        zero_shot=_zero_shot(evaluation),
-        confusions=_confusions(evaluation),
-        skipped_fields=_mapping(evaluation.get("skipped_fields")),
+        **scores_shown(evaluation),
         quarantine=_quarantine(_read_lines(folder / "quarantine.jsonl", notes)),
         config=list(_flat(config)),
-        colours=COLOURS,
     )
     path = folder / "report.html"
     write_whole(path, html)
@@ -114,10 +99,6 @@ def _read_lines(path: Path, notes: list[str]) -> list[Values]:
     return entries
 
 
-def _mapping(value: Any) -> Values:
-    return value if isinstance(value, dict) else {}
-
-
 def _flat(values: Values, path: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names, as the command line has them, and values as JSON."""
     for key, value in values.items():
@@ -136,7 +117,7 @@ SPARE = 1.2
 
 def _planned(config: Values) -> tuple[float, float]:
     """Samples that the run is to see, and those between two lines of metrics.jsonl; NaN where unknown."""
-    train = _mapping(config.get("train"))
+    train = mapping(config.get("train"))
     samples, batch, log_steps = (number(train.get(key)) for key in ("samples", "global_batch", "log_steps"))
     return samples // batch * batch if batch else math.nan, log_steps * batch
 
@@ -203,97 +184,6 @@ def _recorded(metrics: list[Values], key: str) -> list[float]:
     return [value for line in metrics if math.isfinite(value := number(line.get(key)))]
 
 
-def _tiles(evaluation: Values) -> list[Values]:
-    """Key scores: the widest R@k of each direction, and the accuracy of the first fields."""
-    tiles = []
-    for direction, scores in _directions(evaluation):
-        name = max((key for key in scores if re.fullmatch(r"R@\d+", key)), key=lambda key: int(key[2:]), default=None)
-        if name:
-            baselines = [("chance", scores.get(f"chance_{name}"))]
-            tiles.append({"title": direction, "metric": name, "value": scores[name], "baselines": baselines})
-    for field, modality, scores in list(_by_field(evaluation))[:4]:
-        baselines = [("majority", scores.get("majority")), ("chance", scores.get("chance"))]
-        value = scores.get("accuracy")
-        tiles.append({"title": f"{field} by {modality}", "metric": "accuracy", "value": value, "baselines": baselines})
-    return tiles
-
-
-# Scores
-
-
-def _directions(evaluation: Values) -> Iterator[tuple[str, Values]]:
-    for direction, scores in _mapping(evaluation.get("retrieval")).items():
-        yield direction.replace("->", " → "), _mapping(scores)
-
-
-def _by_field(evaluation: Values) -> Iterator[tuple[str, str, Values]]:
-    for field, by_modality in _mapping(evaluation.get("zero_shot")).items():
-        for modality, scores in _mapping(by_modality).items():
-            yield field, modality, _mapping(scores)
-
-
-def _retrieval(evaluation: Values) -> Values:
-    """Metrics in their order, and for each direction (score, chance) of each, already as text."""
-    table = list(_directions(evaluation))
-    metrics = list(dict.fromkeys(key for _, scores in table for key in scores if f"chance_{key}" in scores))
-    rows = []
-    for direction, scores in table:
-        cells = []
-        for metric in metrics:
-            show = percent if metric.startswith("R@") else amount
-            cells.append((show(scores.get(metric)), show(scores.get(f"chance_{metric}"))))
-        counts = [scores.get(key) for key in ("queries", "candidates", "queries_without_answer")]
-        rows.append({"direction": direction, "cells": cells, "counts": counts})
-    return {"metrics": [metric.replace("_", " ") for metric in metrics], "rows": rows}
-
-
-def _zero_shot(evaluation: Values) -> list[Values]:
-    keys = ("accuracy", "macro_f1", "majority", "majority_macro_f1", "majority_class", "chance", "rows")
-    return [
-        {key: scores.get(key) for key in (*keys, "without_label")}
-        | {"field": field, "modality": modality, "n_classes": len(scores.get("classes") or ())}
-        | {"interval": scores.get("accuracy_interval") or (None, None)}
-        for field, modality, scores in _by_field(evaluation)
-    ]
-
-
-def _confusions(evaluation: Values) -> list[Values]:
-    """Confusion matrices of the first fields: counts, and each row's shares for the shade."""
-    first = list(_mapping(evaluation.get("zero_shot")))[:_CONFUSION_FIELDS]
-    pictures = []
-    for field, modality, scores in _by_field(evaluation):
-        classes, matrix = list(scores.get("classes") or ()), scores.get("confusion") or []
-        if field not in first or not classes:
-            continue
-        matrix, kept = _fold([list(row) for row in matrix], _CLASSES)
-        names = [classes[i] for i in kept]
-        if len(names) < len(classes):
-            names.append(f"{len(classes) - len(names)} others")
-        rows = [
-            {"name": name, "total": sum(row), "cells": [(count, count / max(1, sum(row))) for count in row]}
-            for name, row in zip(names, matrix, strict=True)
-        ]
-        pictures.append({"field": field, "modality": modality, "classes": names, "rows": rows})
-    return pictures
-
-
-def _fold(matrix: list[list[int]], most: int) -> tuple[list[list[int]], list[int]]:
-    """The matrix with all but the most frequent true classes put together in a last one.
-
-    Returns:
-        The counts, and the indices of the classes that are kept, in their old order.
-    """
-    if len(matrix) <= most:
-        return matrix, list(range(len(matrix)))
-    kept = sorted(sorted(range(len(matrix)), key=lambda i: -sum(matrix[i]))[: most - 1])
-    place = {old: new for new, old in enumerate(kept)}
-    folded = [[0] * most for _ in range(most)]
-    for i, row in enumerate(matrix):
-        for j, count in enumerate(row):
-            folded[place.get(i, most - 1)][place.get(j, most - 1)] += count
-    return folded, kept
-
-
 def _quarantine(entries: list[Values]) -> Values:
     """Entries by reason, the most frequent first, with a few examples of each."""
     reasons = Counter(str(entry.get("reason")) for entry in entries)
@@ -305,13 +195,3 @@ def _quarantine(entries: list[Values]) -> Values:
         groups.append({"reason": reason, "count": count, "examples": list(examples)})
     distinct = len({(str(entry.get("shard")), str(entry.get("key"))) for entry in entries})
     return {"total": len(entries), "distinct": distinct, "groups": groups, "rest": len(entries) - shown}
-
-
-# Template
-
-
-def _environment() -> Environment:
-    """Autoescape is on for every name: all that the template shows comes from data."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "amount": amount, "fraction": fraction}
-    return environment

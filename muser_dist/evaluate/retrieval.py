@@ -5,16 +5,18 @@ the query's. That takes Q + C numbers where a mask would take Q x C, and says al
 here: one text may describe many clips.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 
 from muser_dist.errors import DataError
+from muser_dist.evaluate.bootstrap import mean_intervals
+from muser_dist.evaluate.classification import TIE
 
-TIE = 1e-6
-"""Cosines closer than this count as equal. It is a little more than the rounding of float32
-embeddings, so that a collapsed model is not scored by its rounding errors."""
+DEPTH = 10
+"""Places of a ranking that mean average precision looks at (mAP@10)."""
 
 _BLOCK_SCORES = 1 << 21  # similarities held at a time: 16 MiB in float64, and as much again to compare them
 
@@ -57,10 +59,10 @@ def ranks(
     candidate_ids: np.ndarray,
     block_scores: int = _BLOCK_SCORES,
 ) -> np.ndarray:
-    """Rank of each query's best relevant candidate; ties never favour it.
+    """Ranks of each query's best relevant candidates; ties never favour them.
 
-    The rank is 1 + the number of irrelevant candidates whose cosine is at least the best
-    relevant one's, less TIE. Equal embeddings for everything thus give the last rank.
+    The rank of the i-th best is i + the number of irrelevant candidates whose cosine is at least its
+    own, less TIE. Equal embeddings for everything thus give the last ranks.
 
     Args:
         queries: (Q, D).
@@ -70,7 +72,7 @@ def ranks(
         block_scores: most similarities held at a time (one query's at least); the result does not depend on it.
 
     Returns:
-        (Q,) int64, counted from 1; 0 where the query has no relevant candidate.
+        (Q, DEPTH) int64, counted from 1; 0 where the query has no further relevant candidate.
 
     Raises:
         DataError: an embedding is not finite.
@@ -85,16 +87,43 @@ def ranks(
             f"{len(queries)} queries and {len(candidates)} candidates have ids of shape "
             f"{query_ids.shape} and {candidate_ids.shape}"
         )
-    result = np.zeros(len(queries), dtype=np.int64)
+    result = np.zeros((len(queries), DEPTH), dtype=np.int64)
     answered = np.flatnonzero(np.isin(query_ids, candidate_ids))
     step = max(1, block_scores // max(1, len(candidates)))
     for start in range(0, len(answered), step):
         block = answered[start : start + step]
         scores = queries[block] @ candidates.T
         relevant = query_ids[block, None] == candidate_ids[None, :]
-        best = scores.max(axis=1, where=relevant, initial=-np.inf, keepdims=True)
-        result[block] = 1 + ((scores >= best - TIE) & ~relevant).sum(axis=1)
+        right = np.where(relevant, scores, -np.inf)
+        scores[relevant] = -np.inf
+        depth = min(DEPTH, int(relevant.sum(axis=1).max()))
+        best = -np.sort(np.partition(-right, depth - 1, axis=1)[:, :depth], axis=1)
+        for i in range(depth):
+            above = (scores >= best[:, i, None] - TIE).sum(axis=1)
+            result[block, i] = np.where(np.isfinite(best[:, i]), i + 1 + above, 0)
     return result
+
+
+def answers(query_ids: np.ndarray, candidate_ids: np.ndarray) -> np.ndarray:
+    """(Q,) int64: how many of the (C,) candidates answer each query."""
+    ids, size = np.unique(np.asarray(candidate_ids), return_counts=True)
+    place = np.minimum(np.searchsorted(ids, query_ids), len(ids) - 1)
+    return np.where(ids[place] == query_ids, size[place], 0)
+
+
+def average_precision(found: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
+    """AP@k: mean of the precisions at the ranks of relevant candidates up to k, out of min(relevant, k).
+
+    Args:
+        found: (Q, DEPTH): what `ranks` returns.
+        relevant: (Q,) integers: candidates that answer each query, at least 1.
+        depth: k, at most DEPTH.
+
+    Returns:
+        (Q,) float64.
+    """
+    precision = np.arange(1, DEPTH + 1) / np.maximum(found, 1)
+    return precision.sum(axis=1, where=(found > 0) & (found <= depth)) / np.minimum(relevant, depth)
 
 
 def first_rank_survival(candidates: int, relevant: int) -> np.ndarray:
@@ -120,22 +149,27 @@ def chance(candidates: int, relevant: np.ndarray, ks: Sequence[int] = (1, 5, 10)
         ks: the k of each R@k.
 
     Returns:
-        `chance_R@k` for each k and `chance_MRR`, means over the queries, and `chance_median_rank`,
-        the median of the ranks of all queries together.
+        `chance_R@k` for each k, `chance_MRR` and `chance_mAP@10`, means over the queries, and
+        `chance_median_rank`, the median of the ranks of all queries together.
     """
+    place = np.arange(1, min(DEPTH, candidates) + 1)
     reached = np.zeros(candidates + 1)  # [k]: expected share of queries answered among the first k
-    mrr = 0.0
+    mrr = mean_precision = 0.0
     # Queries differ only in r, and few values of r occur.
     for r, count in zip(*np.unique(np.asarray(relevant), return_counts=True), strict=True):
         survival = first_rank_survival(candidates, int(r))
         share = count / len(relevant)
+        # At a relevant place every earlier one is relevant with chance (r - 1) / (n - 1).
+        precision = (1 + (place - 1) * (r - 1) / max(1, candidates - 1)) / place
+        mean_precision += share * precision.sum() * r / candidates / min(r, DEPTH)
         mrr += share * (-np.diff(survival) @ (1 / np.arange(1, len(survival))))
         reached += share
         reached[: len(survival)] -= share * survival
     result = {f"chance_R@{k}": min(1.0, max(0.0, float(reached[min(k, candidates)]))) for k in ks}
     # Half way between the lower and the upper median, as np.median does; the margin is for rounding.
     median = (np.argmax(reached > 0.5 - 1e-9) + np.argmax(reached > 0.5 + 1e-9)) / 2
-    return result | {"chance_MRR": float(mrr), "chance_median_rank": float(median)}
+    result |= {"chance_MRR": float(mrr), f"chance_mAP@{DEPTH}": float(mean_precision)}
+    return result | {"chance_median_rank": float(median)}
 
 
 def retrieval(
@@ -152,81 +186,93 @@ def retrieval(
         candidates: (C, D).
         query_ids: (Q,) integers.
         candidate_ids: (C,) integers; candidate j answers query i where candidate_ids[j] == query_ids[i].
-            Several candidates may answer a query: its rank is that of the best of them (see `ranks`).
+            Several candidates may answer a query.
         ks: the k of each R@k.
 
     Returns:
-        JSON values. `R@k`: share of queries with a relevant candidate among the first k. `MRR`: mean of
-        1/rank. `median_rank`. `chance_R@k`, `chance_MRR`, `chance_median_rank`: see `chance`. All are None
-        when no query has an answer. Counts: `queries` (scored), `candidates`, and `queries_without_answer`
-        (left out of all scores).
+        What `score_ranks` returns.
 
     Raises:
         DataError: an embedding is not finite.
         ValueError: shapes do not fit together, or a k is less than 1.
     """
-    if any(k < 1 for k in ks):
-        raise ValueError(f"every k of R@k must be at least 1; got {list(ks)}")
-    rank = ranks(queries, candidates, query_ids, candidate_ids)
-    scored = rank > 0
-    counts = {
-        "queries": int(scored.sum()),
-        "candidates": len(candidates),
-        "queries_without_answer": int((~scored).sum()),
-    }
-    if not scored.any():
-        names = [*(f"R@{k}" for k in ks), "MRR", "median_rank"]
-        return dict.fromkeys([*names, *(f"chance_{name}" for name in names)]) | counts
-    ids, size = np.unique(np.asarray(candidate_ids), return_counts=True)
-    relevant = size[np.searchsorted(ids, np.asarray(query_ids)[scored])]
-    rank = rank[scored]
-    scores = {f"R@{k}": float((rank <= k).mean()) for k in ks}
-    scores |= {"MRR": float((1 / rank).mean()), "median_rank": float(np.median(rank))}
-    return scores | chance(len(candidates), relevant, ks) | counts
+    return score_ranks(ranks(queries, candidates, query_ids, candidate_ids), query_ids, candidate_ids, ks)
 
 
-def text_audio_retrieval(
-    audio: np.ndarray,
-    text: np.ndarray,
-    text_ids: np.ndarray,
-    valid: np.ndarray,
-    *,
-    audio_name: str = "audio",
-    text_name: str = "text",
-    ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, dict[str, Any]]:
-    """Both directions of retrieval between clips and the unique texts of a validation set.
-
-    Many clips may have the same text. Texts are therefore taken once for each id: from text, all
-    clips with the id are right answers; from a clip, its text is the only one.
+def score_ranks(
+    found: np.ndarray, query_ids: np.ndarray, candidate_ids: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, Any]:
+    """The scores of rankings.
 
     Args:
-        audio: (n, D) embeddings of the clips.
-        text: (n, D) embeddings of their texts; of several rows with the same id, the first valid one counts.
-        text_ids: (n,) int64, equal where texts state the same.
-        valid: (n,) bool; other rows are left out, and their embeddings may hold anything.
-        audio_name: name of the clips' modality in the result's keys, such as "spectrogram".
-        text_name: name of the other one.
+        found: (Q, DEPTH): what `ranks` returns.
+        query_ids: (Q,) integers.
+        candidate_ids: (C,) integers.
         ks: the k of each R@k.
 
     Returns:
-        What `retrieval` returns, under f"{text_name}->{audio_name}" and f"{audio_name}->{text_name}".
+        JSON values. Of the rank of each query's best answer: `R@k`, share of queries with it among the first k,
+        `MRR`, mean of 1/rank, and `median_rank`; of all answers, `mAP@10`: mean of `average_precision`. For all but
+        the median, `<name>_interval`: [low, high] of 95 %, bootstrap over queries. For each score, `chance_<name>`:
+        see `chance`. All are None when no query has an answer. Counts: `queries` (scored), `candidates`, and
+        `queries_without_answer` (left out of all scores).
 
     Raises:
-        DataError: a valid row's embedding is not finite.
-        ValueError: shapes do not fit together.
+        ValueError: a k is less than 1.
     """
-    audio, text, text_ids, valid = (np.asarray(array) for array in (audio, text, text_ids, valid))
-    if not len(audio) == len(text) == len(text_ids) == len(valid):
-        raise ValueError(
-            f"rows differ: {len(audio)} {audio_name}, {len(text)} {text_name}, "
-            f"{len(text_ids)} text ids, {len(valid)} valid"
-        )
-    keep = valid.astype(bool)
-    clips, texts, clip_ids = audio[keep], text[keep], text_ids[keep]
-    unique_ids, first = np.unique(clip_ids, return_index=True)
-    texts = texts[first]
-    return {
-        f"{text_name}->{audio_name}": retrieval(texts, clips, unique_ids, clip_ids, ks),
-        f"{audio_name}->{text_name}": retrieval(clips, texts, clip_ids, unique_ids, ks),
+    if any(k < 1 for k in ks):
+        raise ValueError(f"every k of R@k must be at least 1; got {list(ks)}")
+    scored = found[:, 0] > 0
+    counts = {
+        "queries": int(scored.sum()),
+        "candidates": len(candidate_ids),
+        "queries_without_answer": int((~scored).sum()),
     }
+    means = [*(f"R@{k}" for k in ks), "MRR", f"mAP@{DEPTH}"]
+    if not scored.any():
+        names = [*means, "median_rank"]
+        return (
+            dict.fromkeys([*names, *(f"{name}_interval" for name in means), *(f"chance_{n}" for n in names)]) | counts
+        )
+    relevant = answers(query_ids, candidate_ids)[scored]
+    found = found[scored]
+    first = found[:, 0]
+    values = np.stack([*(first <= k for k in ks), 1 / first, average_precision(found, relevant)], axis=1)
+    scores: dict[str, Any] = dict(zip(means, values.mean(axis=0).tolist(), strict=True))
+    scores["median_rank"] = float(np.median(first))
+    intervals = {f"{name}_interval": ends for name, ends in zip(means, mean_intervals(values), strict=True)}
+    return scores | intervals | chance(len(candidate_ids), relevant, ks) | counts
+
+
+def directions(
+    embeddings: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray], text_ids: np.ndarray
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]]:
+    """What is asked of a set of rows: every modality's queries for every other modality.
+
+    Many clips may have the same text. Texts are therefore taken once for each id: from text, all clips with the id
+    are right answers; from a clip, its text is the only one. Between two modalities of sound a clip's own is right.
+
+    Args:
+        embeddings: (n, D) by modality; of several texts with the same id, the first valid one counts.
+        valid: (n,) bool by modality; a row counts where it is valid in both, others may hold anything.
+        text_ids: (n,) int64, equal where texts state the same.
+
+    Yields:
+        f"{query}->{answer}" and the arguments of `retrieval`, for each direction that has a row.
+
+    Raises:
+        ValueError: numbers of rows differ.
+    """
+    text_ids = np.asarray(text_ids)
+    rows = {len(text_ids), *map(len, embeddings.values()), *map(len, valid.values())}
+    if len(rows) > 1:
+        raise ValueError(f"rows differ: {sorted(rows)}")
+    for query, answer in permutations(embeddings, 2):
+        both = np.flatnonzero(np.asarray(valid[query]) & np.asarray(valid[answer]))
+        if not len(both):
+            continue
+        ids = text_ids if "text" in (query, answer) else np.arange(len(text_ids))
+        once = both[np.unique(ids[both], return_index=True)[1]]
+        asked, offered = (once if name == "text" else both for name in (query, answer))
+        arrays = embeddings[query][asked], embeddings[answer][offered], ids[asked], ids[offered]
+        yield f"{query}->{answer}", arrays

@@ -1,127 +1,120 @@
 """Zero-shot classification: the class whose text is nearest to the clip, scored next to chance."""
 
-from collections.abc import Sequence
-from math import sqrt
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from muser_dist.errors import DataError
-from muser_dist.evaluate.retrieval import TIE, unit_rows
-
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, from independent trials; it holds near 0 and 1 and for few trials.
-
-    Args:
-        successes: 0 to trials.
-        trials: at least 1.
-    """
-    share, z2 = successes / trials, _Z95**2
-    centre = share + z2 / (2 * trials)
-    half = _Z95 * sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    # At the ends the bound is exactly 0 or 1; rounding would leave something like 1e-17.
-    low = 0.0 if successes == 0 else (centre - half) / (1 + z2 / trials)
-    high = 1.0 if successes == trials else (centre + half) / (1 + z2 / trials)
-    return low, high
+from muser_dist.data.text import render
+from muser_dist.evaluate.classification import TIE, multi_label, single_label
+from muser_dist.evaluate.retrieval import unit_rows
 
 
-def predict(embeddings: np.ndarray, class_embeddings: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Nearest class of each row by cosine; the true class must win by more than TIE, or another is predicted.
+def prompts_for(templates: Sequence[str], field: str, value: str) -> list[str]:
+    """What each template says of one field alone; templates that cannot, or say the same again, are left out."""
+    return list(dict.fromkeys(sentence for sentence, facts in (render(t, {field: value}) for t in templates) if facts))
+
+
+def embed_prompts(
+    encode_text: Callable[[list[str]], np.ndarray], templates: Sequence[str], field: str, values: Sequence[str]
+) -> np.ndarray:
+    """Each template's texts of a field's values.
 
     Args:
-        embeddings: (n, D).
-        class_embeddings: (C, D).
-        truth: (n,) indices of the true classes.
+        encode_text: (n) sentences to (n, D).
+        templates: sentences over fields.
+        field: that they are to speak of.
+        values: of the field, one at least.
 
     Returns:
-        (n,) int64 indices of classes.
-
-    Raises:
-        DataError: an embedding is not finite.
-        ValueError: shapes do not fit together.
+        (templates that can say the field alone, values, D) float64 of unit length; nothing when no template can.
     """
-    scores = unit_rows(embeddings, "clip") @ unit_rows(class_embeddings, "class").T
-    if scores.shape[1] == 1:
-        return np.zeros(len(scores), dtype=np.int64)
-    rows = np.arange(len(scores))
-    true_scores = scores[rows, truth]
-    scores[rows, truth] = -np.inf
-    rival = scores.argmax(axis=1)
-    return np.where(true_scores > scores[rows, rival] + TIE, truth, rival)
+    prompts = [prompts_for(templates, field, value) for value in values]
+    count = min(map(len, prompts))  # which templates can depends on the field alone, unless two say the same
+    sentences = [prompt for of_value in prompts for prompt in of_value[:count]]
+    if not count:
+        return np.zeros((0, len(values), 0))
+    return unit_rows(encode_text(sentences), f"prompts of {field}").reshape(len(values), count, -1).swapaxes(0, 1)
+
+
+def class_scores(embeddings: np.ndarray, class_embeddings: np.ndarray, tags: bool) -> np.ndarray:
+    """(n, C) cosines of (n, D) clips and (C, D) classes; of tags in steps of TIE, as what is less is rounding."""
+    cosines = unit_rows(embeddings, "clip") @ unit_rows(class_embeddings, "class").T
+    return np.round(cosines / TIE) * TIE if tags else cosines
 
 
 def zero_shot(
     embeddings: np.ndarray,
     class_embeddings: np.ndarray,
     classes: Sequence[str],
-    labels: Sequence[str | None],
+    labels: np.ndarray,
 ) -> dict[str, Any]:
-    """Scores of naming each clip's class by the nearest of the classes' texts.
+    """Scores of naming each clip's class, or its tags, by the nearest of their texts.
 
     Args:
         embeddings: (n, D) of the clips.
-        class_embeddings: (C, D), one text for each class.
+        class_embeddings: (C, D), one text for each class or tag; for an ensemble of templates, the mean of the unit
+            vectors of what they say.
         classes: C different names.
-        labels: n true classes; None where the clip has none: it is left out and counted.
+        labels: (n,) integer classes, -1 where a clip has none: it is left out and counted; or (n, C) bool tags.
 
     Returns:
-        JSON values. `accuracy`, `accuracy_interval` (Wilson, 95 %: [low, high]), `macro_f1` (mean over the
-        classes that occur in the labels), `chance` (1/C). What always naming the most frequent label
-        reaches: `majority` (accuracy), `majority_macro_f1`, `majority_class`. These are None when no row
-        has a label, except `chance`. `rows` (scored), `without_label`, `classes`, `counts` (labels of each
-        class) and `confusion` (C lists of C counts: rows are true classes, columns predicted ones).
+        What `single_label` or `multi_label` returns.
 
     Raises:
         DataError: an embedding is not finite, or a label is none of the classes.
         ValueError: shapes do not fit together, there are no classes, or one has two texts.
     """
-    embeddings, class_embeddings = np.asarray(embeddings), np.asarray(class_embeddings)
-    index: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
-    if not classes or len(index) != len(classes) or len(class_embeddings) != len(classes):
-        raise ValueError(f"{len(classes)} classes, {len(index)} of them different, have {len(class_embeddings)} texts")
+    embeddings, class_embeddings, labels = map(np.asarray, (embeddings, class_embeddings, labels))
+    if not classes or len(set(classes)) != len(classes) or len(class_embeddings) != len(classes):
+        raise ValueError(
+            f"{len(classes)} classes, {len(set(classes))} of them different, have {len(class_embeddings)} texts"
+        )
     if len(labels) != len(embeddings):
         raise ValueError(f"{len(embeddings)} embeddings have {len(labels)} labels")
-    labelled = [i for i, label in enumerate(labels) if label is not None]
-    unknown = sorted({str(labels[i]) for i in labelled if labels[i] not in index})
-    if unknown:
-        raise DataError(f"labels {', '.join(map(repr, unknown[:5]))} are none of the {len(classes)} classes")
+    if labels.ndim == 2:
+        return multi_label(class_scores(embeddings, class_embeddings, True), labels, classes)
+    scored = labels >= 0
+    scores = single_label(class_scores(embeddings[scored], class_embeddings, False), labels[scored], classes)
+    return scores | {"without_label": int((~scored).sum())}
 
-    truth = np.array([index[labels[i]] for i in labelled], dtype=np.int64)
-    predicted = predict(embeddings[labelled], class_embeddings, truth)
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(confusion, (truth, predicted), 1)
-    counts = confusion.sum(axis=1)
+
+def robustness(embeddings: np.ndarray, prompts: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
+    """How much the wording matters: each template alone.
+
+    Args:
+        embeddings: (n, D) of clips that have a label.
+        prompts: (T, C, D): what `embed_prompts` returns.
+        labels: (n,) classes, or (n, C) bool tags.
+
+    Returns:
+        None for fewer than two templates. Otherwise JSON values: "score" ("accuracy", or "roc_auc" of tags),
+        "values" (of each template; None where undefined), their "mean", "lowest", "highest" and "deviation" (standard,
+        n - 1), and "agreement": share of clips of which two templates name the same class first, mean over all pairs
+        of templates; where a template has two first classes the clip counts as a disagreement.
+
+    Raises:
+        DataError: an embedding is not finite.
+    """
+    if len(prompts) < 2 or not len(embeddings):
+        return None
+    name = "roc_auc" if labels.ndim == 2 else "accuracy"
+    values, first = [], []
+    for classes in prompts:
+        scores = class_scores(embeddings, classes, labels.ndim == 2)
+        values.append((multi_label if labels.ndim == 2 else single_label)(scores, labels, replicates=0)[name])
+        top = scores.argmax(axis=1)
+        alone = (scores >= scores.max(axis=1, keepdims=True) - TIE).sum(axis=1) == 1
+        first.append(np.where(alone, top, -1))
+    pairs = [float(((one == other) & (one >= 0)).mean()) for one, other in combinations(first, 2)]
+    known = [value for value in values if value is not None]
     return {
-        **_scores(confusion, counts, classes),
-        "chance": 1 / len(classes),
-        "rows": len(labelled),
-        "without_label": len(labels) - len(labelled),
-        "classes": list(classes),
-        "counts": counts.tolist(),
-        "confusion": confusion.tolist(),
-    }
-
-
-def _scores(confusion: np.ndarray, counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """The scores that need a labelled row; None for each without one."""
-    rows = int(counts.sum())
-    if not rows:
-        names = ("accuracy", "accuracy_interval", "macro_f1", "majority", "majority_macro_f1", "majority_class")
-        return dict.fromkeys(names)
-    right = np.diagonal(confusion)
-    present = counts > 0
-    f1 = 2 * right[present] / (counts + confusion.sum(axis=0))[present]
-    most = int(counts.argmax())
-    majority = float(counts[most] / rows)
-    return {
-        "accuracy": float(right.sum() / rows),
-        "accuracy_interval": list(wilson(int(right.sum()), rows)),
-        "macro_f1": float(f1.mean()),
-        "majority": majority,
-        # The majority class has recall 1 and precision `majority`; every other class scores 0.
-        "majority_macro_f1": float(2 * majority / (1 + majority) / present.sum()),
-        "majority_class": classes[most],
+        "score": name,
+        "values": values,
+        "mean": float(np.mean(known)) if known else None,
+        "lowest": min(known, default=None),
+        "highest": max(known, default=None),
+        "deviation": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "agreement": float(np.mean(pairs)),
     }

@@ -113,7 +113,12 @@ class MultimodalModel(nn.Module):
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
         """One modality of a batch: (rows, projection_dim) float32, not normalised."""
-        return self._project(modality, self.towers[modality](batch))
+        return self.encode_with_features(modality, batch)[0]
+
+    def encode_with_features(self, modality: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What `encode` gives, and the tower's output before its head: (rows, width)."""
+        features = self.towers[modality](batch)
+        return self._project(modality, features), features
 
     def _train_tower(self, modality: str, batch: dict[str, Tensor], moment: tuple[int, int]) -> Tensor:
         """A tower's output, (rows, width), in the way that training runs it."""

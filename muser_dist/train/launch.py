@@ -24,8 +24,9 @@ from muser_dist.data.pipeline import known_ids, plan_digest, training_reader
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ClusterError, DataError, MuserError
-from muser_dist.evaluate.evaluator import describe, evaluate
+from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.report import write_report
+from muser_dist.evaluate.summary import describe
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 from muser_dist.train.dealer import NOTHING, Dealer

@@ -167,6 +167,8 @@ def test_the_run_leaves_everything_behind(straight):
         "audio->text",
         "text->spectrogram",
         "spectrogram->text",
+        "audio->spectrogram",
+        "spectrogram->audio",
     }
     assert "<svg" in (straight / "report.html").read_text()
 

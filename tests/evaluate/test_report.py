@@ -11,9 +11,12 @@ import pytest
 
 from muser_dist.config import to_dict
 from muser_dist.errors import CheckpointError
+from muser_dist.evaluate.geometry import geometry
+from muser_dist.evaluate.probes import few_shot, probe
 from muser_dist.evaluate.report import write_report
-from muser_dist.evaluate.retrieval import text_audio_retrieval
-from muser_dist.evaluate.zero_shot import zero_shot
+from muser_dist.evaluate.retrieval import directions, retrieval
+from muser_dist.evaluate.scores_page import write_evaluation
+from muser_dist.evaluate.zero_shot import robustness, zero_shot
 from muser_dist.recipes.tiny import tiny
 
 CONFIG = replace(tiny(), train=replace(tiny().train, samples=65_536))
@@ -73,8 +76,31 @@ def metrics_line(step: int, **changes) -> str:
 
 def scores(classes: list[str]) -> dict:
     rng = np.random.default_rng(0)
-    labels = [classes[i] for i in rng.integers(0, len(classes), 300)]
+    labels = rng.integers(0, len(classes), 300)
     return zero_shot(rng.normal(size=(300, 8)), rng.normal(size=(len(classes), 8)), classes, labels)
+
+
+def extended(text: str) -> dict:
+    """What an evaluation with training rows holds besides, with `text` for names."""
+    rng = np.random.default_rng(3)
+    features, prompts = rng.normal(size=(60, 4)), rng.normal(size=(2, 3, 4))
+    labels = np.arange(60) % 3
+    tags = rng.random((60, 3)) < 0.5
+    tags[:, 2] = True
+    names = [text, "flute", f"always {text}"]
+    probed, _ = probe("linear", features, labels, features, labels, names)
+    curves = [few_shot(features, y, features, y, names, shares=(0.02, 0.5, 1.0), seeds=2) for y in (labels, tags)]
+    every = dict.fromkeys((text, "text"), np.ones(60, bool))
+    return {
+        "model": text,
+        "tagging": {text: {text: zero_shot(features, prompts[0], names, tags)}},
+        "probes": {text: {text: {"linear": probed}}},
+        "few_shot": {text: {text: curves[0]}, "tags": {text: curves[1]}},
+        "robustness": {text: {text: robustness(features, prompts, labels)}},
+        "geometry": geometry({text: features, "text": features + 1}, every, np.arange(60)),
+        "probes_on": "tower",
+        "train_rows": 60,
+    }
 
 
 def write_run(folder: Path, text: str) -> dict:
@@ -88,7 +114,10 @@ def write_run(folder: Path, text: str) -> dict:
     (folder / "metrics.jsonl").write_text("".join(lines))
     rng = np.random.default_rng(1)
     audio, words = rng.normal(size=(2, 40, 8))
-    retrieved = text_audio_retrieval(audio, words, rng.integers(0, 20, 40), np.ones(40, bool), audio_name=text)
+    asked = directions(
+        {text: audio, "text": words}, dict.fromkeys((text, "text"), np.ones(40, bool)), np.arange(40) % 20
+    )
+    retrieved = {name: retrieval(*arrays) for name, arrays in asked}
     named = scores([text, "flute"])
     evaluation = {
         "data": [text],
@@ -176,6 +205,24 @@ def test_the_page_says_whether_decoding_keeps_up(tmp_path, milliseconds, said):
     assert "Time waiting for data after the first line, mean 4.0 %" in words
 
 
+@pytest.mark.parametrize("text", ["audio", HOSTILE])
+def test_an_evaluation_has_a_page_of_its_own(tmp_path, text):
+    evaluation = write_run(tmp_path, text) | extended(text)
+    json.dumps(evaluation, allow_nan=False)
+    page = check(write_evaluation(tmp_path / "scores.html", evaluation))
+    words = " ".join(page.text.split())
+    assert page.text.count(text) > 15 and sum(tag == "svg" for tag, _ in page.tags) == 2
+    tagging = evaluation["tagging"][text][text]
+    assert f"{tagging['roc_auc']:.3f}" in page.text and f"{tagging['pr_auc']:.3f}" in page.text
+    assert f"undefined, for all rows have them or none: always {text}" in words
+    assert percent(evaluation["probes"][text][text]["linear"]["accuracy"]) in page.text
+    assert f"{text}: 2.0 % of the labels are too few for a row of each class" in words
+    assert f"{evaluation['robustness'][text][text]['agreement']:.3f}" in page.text
+    pair = evaluation["geometry"]["pairs"][f"{text}-text"]
+    assert all(f"{pair[name]:.3f}" in page.text for name in ("modality_gap", "separability", "alignment"))
+    assert "the towers' output" in words and "Training" not in page.text and "Quarantine" not in page.text
+
+
 def test_text_from_data_is_only_text(tmp_path):
     write_run(tmp_path, HOSTILE)
     page = check(write_report(tmp_path))
@@ -214,9 +261,9 @@ def test_files_of_a_run_that_died(tmp_path):
 
 def test_scores_without_rows_and_large_confusion_matrices(tmp_path):
     """No score is a dash; of very many classes the frequent ones are shown and the counts stay whole."""
-    nothing = text_audio_retrieval(np.ones((2, 3)), np.ones((2, 3)), np.arange(2), np.zeros(2, bool))
+    nothing = {"text->audio": retrieval(np.ones((2, 3)), np.ones((2, 3)), np.arange(2), np.arange(2) + 2)}
     many = scores([f"class {i}" for i in range(60)])
-    unlabelled = zero_shot(np.ones((2, 3)), np.eye(3), list("abc"), [None, None])
+    unlabelled = zero_shot(np.ones((2, 3)), np.eye(3), list("abc"), [-1, -1])
     evaluation = {"retrieval": nothing, "zero_shot": {"kind": {"audio": many}, "mode": {"audio": unlabelled}}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     page = check(write_report(tmp_path))

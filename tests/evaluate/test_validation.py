@@ -23,4 +23,4 @@ def test_a_snapshot_has_the_scores_of_its_evaluation_in_any_process(tmp_path):
     assert found["val_MRR/spectrogram->text"] == scores["retrieval"]["spectrogram->text"]["MRR"]
     accuracy = scores["zero_shot"]["instrument"]["spectrogram"]["accuracy"]
     assert found["val_accuracy/instrument by spectrogram"] == accuracy
-    assert len(found) == 2 * 4 + 2  # no score of the field that the data lacks
+    assert len(found) == 2 * 6 + 2  # no score of the field that the data lacks

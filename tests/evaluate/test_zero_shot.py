@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    roc_auc_score,
+)
 
 from muser_dist.errors import DataError
-from muser_dist.evaluate.zero_shot import wilson, zero_shot
+from muser_dist.evaluate.classification import wilson
+from muser_dist.evaluate.zero_shot import embed_prompts, robustness, zero_shot
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,7 +31,7 @@ def test_scores_equal_scikit_learn(n_classes, n, seed, signal):
     cosine = clips @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T
     predicted = cosine.argmax(axis=1)
 
-    result = zero_shot(clips.astype(np.float32), texts.astype(np.float32), classes, [classes[i] for i in truth])
+    result = zero_shot(clips.astype(np.float32), texts.astype(np.float32), classes, truth)
     assert result["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
     present = np.unique(truth)
     f1 = f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
@@ -55,7 +62,7 @@ def test_ties_never_favour_the_true_class(clips, texts, data):
     norms = np.linalg.norm(texts, axis=1, keepdims=True)
     cosine = clips @ np.divide(texts, norms, out=np.zeros((3, 2)), where=norms > 0).T
     wins = [all(row[t] > row[o] + 1e-3 for o in range(3) if o != t) for row, t in zip(cosine, truth, strict=True)]
-    result = zero_shot(clips, texts, ["a", "b", "c"], ["abc"[t] for t in truth])
+    result = zero_shot(clips, texts, ["a", "b", "c"], truth)
     assert result["accuracy"] == pytest.approx(np.mean(wins))
     assert np.sum(result["confusion"]) == 5
 
@@ -63,7 +70,7 @@ def test_ties_never_favour_the_true_class(clips, texts, data):
 def test_collapsed_embeddings_are_never_right():
     rng = np.random.default_rng(0)
     one = rng.normal(size=(1, 33)).astype(np.float32)
-    labels = ["abcd"[i] for i in rng.integers(0, 4, 50)]
+    labels = rng.integers(0, 4, 50)
     for texts in (np.repeat(one, 4, axis=0), one * (1 + 1e-8 * rng.normal(size=(4, 33))), np.zeros((4, 33))):
         result = zero_shot(np.repeat(one, 50, axis=0), texts, list("abcd"), labels)
         assert result["accuracy"] == result["macro_f1"] == 0
@@ -72,11 +79,11 @@ def test_collapsed_embeddings_are_never_right():
 def test_rows_without_a_label_are_left_out_and_counted():
     clips = np.eye(3)
     clips[1] = np.nan  # no label: not looked at
-    result = zero_shot(clips, np.eye(3), ["a", "b", "c"], ["a", None, "a"])
+    result = zero_shot(clips, np.eye(3), ["a", "b", "c"], [0, -1, 0])
     assert (result["rows"], result["without_label"]) == (2, 1)
     assert result["confusion"] == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert result["majority"] == 1 and result["majority_class"] == "a" and result["majority_macro_f1"] == 1
-    nothing = zero_shot(clips, np.eye(3), ["a", "b", "c"], [None] * 3)
+    nothing = zero_shot(clips, np.eye(3), ["a", "b", "c"], [-1] * 3)
     assert nothing["accuracy"] is nothing["macro_f1"] is nothing["majority"] is None
     assert nothing["rows"] == 0 and nothing["without_label"] == 3 and nothing["chance"] == pytest.approx(1 / 3)
 
@@ -89,11 +96,69 @@ def test_wilson_interval():
 
 def test_errors_name_the_trouble():
     eye = np.eye(2)
-    with pytest.raises(DataError, match="labels 'c' are none of the 2 classes"):
-        zero_shot(eye, eye, ["a", "b"], ["a", "c"])
+    with pytest.raises(DataError, match="label 2 is none of the 2 classes"):
+        zero_shot(eye, eye, ["a", "b"], [0, 2])
     with pytest.raises(DataError, match="1 of 2 class embeddings are not finite"):
-        zero_shot(eye, eye * [[1], [np.nan]], ["a", "b"], ["a", "b"])
+        zero_shot(eye, eye * [[1], [np.nan]], ["a", "b"], [0, 1])
+    with pytest.raises(DataError, match="1 of 2 clip embeddings are not finite"):
+        zero_shot(eye * [[1], [np.nan]], eye, ["a", "b"], eye > 0)
     with pytest.raises(ValueError, match="1 of them different"):
-        zero_shot(eye, eye, ["a", "a"], ["a", "a"])
+        zero_shot(eye, eye, ["a", "a"], [0, 0])
     with pytest.raises(ValueError, match="2 embeddings have 1 labels"):
-        zero_shot(eye, eye, ["a", "b"], ["a"])
+        zero_shot(eye, eye, ["a", "b"], [0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_tags_are_ranked_by_cosine(n, tags, seed):
+    rng = np.random.default_rng(seed)
+    clips, texts = rng.integers(-2, 3, (n, 3)).astype(float), rng.normal(size=(tags, 3))
+    labels = rng.random((n, tags)) < 0.4
+    result = zero_shot(clips.astype(np.float32), texts, [f"tag {i}" for i in range(tags)], labels)
+    norms = np.linalg.norm(clips, axis=1, keepdims=True)
+    cosine = np.divide(clips, norms, out=np.zeros_like(clips), where=norms > 0) @ texts.T
+    cosine = np.round(cosine / np.linalg.norm(texts, axis=1), 9)
+    for i in range(tags):
+        if 0 < labels[:, i].sum() < n:
+            roc, ap, count = result["by_tag"][f"tag {i}"]
+            assert roc == pytest.approx(roc_auc_score(labels[:, i], cosine[:, i]))
+            assert ap == pytest.approx(average_precision_score(labels[:, i], cosine[:, i]))
+            assert count == labels[:, i].sum()
+        else:
+            assert f"tag {i}" in result["undefined"]
+
+
+def test_collapsed_embeddings_rank_tags_by_chance():
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(1, 33))
+    labels = rng.random((50, 3)) < 0.3
+    for noise in (0, 1e-8):
+        clips = (one * (1 + noise * rng.normal(size=(50, 33)))).astype(np.float32)
+        result = zero_shot(clips, rng.normal(size=(3, 33)), list("abc"), labels)
+        assert result["roc_auc"] == pytest.approx(0.5, abs=0.02 if noise else 0)
+    assert robustness(clips, np.repeat(one[None], 2, axis=0).repeat(3, axis=1), labels)["agreement"] == 0
+
+
+def test_prompts_of_several_templates_are_averaged_as_unit_vectors():
+    texts = {"it is slow": [9, 0, 0], "slow": [0, 1, 0], "it is fast": [0, 0, 1], "fast": [0, 0, 5]}
+    templates = ("it is {pace}", "{pace}", "by {artist}", "{pace}")
+
+    def encode(sentences):
+        return np.array([texts[sentence] for sentence in sentences], float)
+
+    prompts = embed_prompts(encode, templates, "pace", ["slow", "fast"])
+    np.testing.assert_array_equal(prompts, [[[1, 0, 0], [0, 0, 1]], [[0, 1, 0], [0, 0, 1]]])
+    np.testing.assert_array_equal(prompts.mean(axis=0), [[0.5, 0.5, 0], [0, 0, 1]])
+    assert embed_prompts(encode, templates, "mood", ["dark"]).shape[0] == 0
+
+
+def test_robustness_tells_how_far_wordings_agree():
+    clips = np.array([[1, 0.1], [1, 0.2], [0.1, 1], [1, 1]])  # the last is as near to either class
+    labels = np.array([0, 0, 1, 1])
+    swapped = np.stack([np.eye(2), np.eye(2), np.eye(2)[::-1]])
+    result = robustness(clips, swapped, labels)
+    assert result["values"] == [0.75, 0.75, 0] and (result["lowest"], result["highest"]) == (0, 0.75)
+    assert result["mean"] == 0.5 and result["deviation"] == pytest.approx(np.std([0.75, 0.75, 0], ddof=1))
+    assert result["agreement"] == pytest.approx((0.75 + 0 + 0) / 3)
+    assert robustness(clips, swapped[:1], labels) is None
+    assert robustness(clips, swapped, np.eye(2, dtype=bool)[labels])["score"] == "roc_auc"
