@@ -25,7 +25,7 @@ SPEECH |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
 MELS = {"mels": 32, "window": 256, "hop": 80}
 HTSAT = {
     "model_type": "clap_audio_model",
-    "spec_size": 64,
+    "spec_size": 128,
     "window_size": 4,
     "patch_size": 4,
     "patch_embeds_hidden_size": 8,
@@ -48,7 +48,7 @@ TOWERS: dict[str, tuple[str, str, dict]] = {
     "HuBERT": ("audio", "hf_waveform", {"model": {"model_type": "hubert", "feat_extract_norm": "layer"} | SPEECH}),
     "WavLM": ("audio", "hf_waveform", {"model": {"model_type": "wavlm"} | SPEECH}),
     "AST": ("spectrogram", "hf_spectrogram", {"model": {"model_type": "audio-spectrogram-transformer"} | BODY} | MELS),
-    "HTS-AT": ("spectrogram", "hf_spectrogram", {"model": HTSAT, "mels": 16, "window": 256, "hop": 80}),
+    "HTS-AT": ("spectrogram", "hf_spectrogram", {"model": HTSAT} | MELS),
     "CLIP ResNet": ("spectrogram", "spectrogram", {"model": "resnet10t", "outputs": 12} | MELS),
     "ESResNeXt": (
         "audio",
@@ -164,7 +164,7 @@ def test_a_tower_without_a_head_has_the_joint_space_as_its_output():
     with pytest.raises(ConfigError, match=r"model\.text: without a head the tower's 16 outputs .*\(8\)"):
         MultimodalModel(config)
     options = {"model": {"model_type": "bert"} | BODY, "projection": 8}
-    model = MultimodalModel(with_towers(config, text={"build": "hf_text", "options": options}))
+    model = MultimodalModel(with_towers(config, text={"build": "hf_text", "options": options})).eval()
     batch = batch_of(config)
     assert torch.equal(model.encode("text", batch), model.towers["text"](batch))
     assert replace(config.model.text, build="hf_text") == TowerConfig("hf_text", config.model.text.options, head=False)
