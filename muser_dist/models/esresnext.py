@@ -4,6 +4,7 @@ The audio tower of AudioCLIP and of MUSER's released code.
 """
 
 import math
+from typing import Any
 
 import timm
 import torch
@@ -113,7 +114,8 @@ class ESResNeXt(nn.Module):
             self.encoder = timm.create_model(model, num_classes=outputs, in_chans=3)
         except RuntimeError as error:
             raise ConfigError(f"model.audio.options: timm cannot build {model!r}: {error}") from None
-        channels = [stage["num_chs"] for stage in self.encoder.feature_info]
+        network: Any = self.encoder
+        channels = [stage["num_chs"] for stage in network.feature_info]
         outs = [*channels[1:], channels[-1]]
         self.attention = nn.ModuleList(
             Attention(*sizes) for sizes in zip(channels, outs, _ATTENTION_KERNELS, strict=True)
@@ -135,7 +137,7 @@ class ESResNeXt(nn.Module):
         """
         set_valid_rows(self, batch["audio_length"] > 0)
         x = self._image(batch["audio"])
-        network = self.encoder
+        network: Any = self.encoder
         x = network.maxpool(network.act1(network.bn1(network.conv1(x))))
         stages = (network.layer1, network.layer2, network.layer3, network.layer4)
         for stage, attention in zip(stages, self.attention, strict=False):

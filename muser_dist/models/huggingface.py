@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, ClapAudioModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, ClapAudioConfig, ClapAudioModel, PretrainedConfig
 
 from muser_dist.config import DataConfig, RunConfig, TowerConfig
 from muser_dist.data.spectrogram import LogMel, front_end
@@ -74,23 +74,14 @@ def self_contained(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, **towers))
 
 
-def _network(config: PretrainedConfig, modality: str) -> nn.Module:
+def _network(config: PretrainedConfig, modality: str) -> Any:
     try:
-        network = ClapAudioModel(config) if config.model_type == "clap_audio_model" else AutoModel.from_config(config)
+        network: Any = ClapAudioModel(config) if isinstance(config, ClapAudioConfig) else AutoModel.from_config(config)
     except ValueError as error:
         raise ConfigError(f"model.{modality}.options.model: {str(error).strip().splitlines()[0]}") from None
     if getattr(network, "pooler", None) is not None:
         network.pooler = None  # pooled here; a parameter that nothing uses would stall ZeRO
     return network.float()
-
-
-def waveform_of(batch: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples of zero mean and unit variance (rows, samples), lengths (rows,) of 1 at least, and the mask of both."""
-    waveform = batch["audio"].to(dtype)
-    waveform = waveform - waveform.mean(dim=1, keepdim=True)
-    waveform = waveform / (waveform.std(dim=1, keepdim=True) + 1.0)  # int16 steps: 1 is the quietest sound
-    lengths = batch["audio_length"].clamp(min=1)
-    return waveform, lengths, torch.arange(waveform.shape[1], device=waveform.device) < lengths[:, None]
 
 
 class HuggingFaceWaveform(nn.Module):
@@ -107,7 +98,7 @@ class HuggingFaceWaveform(nn.Module):
     def __init__(self, data: DataConfig, *, model: str | dict[str, Any]) -> None:
         super().__init__()
         config = architecture(model, "audio", {})
-        self.encoder = _network(config, "audio")
+        self.encoder: Any = _network(config, "audio")
         require(
             hasattr(self.encoder, "_get_feat_extract_output_lengths"),
             f"model.audio.options.model: a {config.model_type!r} does not hear waveforms; give a wav2vec2 or its like",
@@ -125,7 +116,11 @@ class HuggingFaceWaveform(nn.Module):
         Returns:
             (rows, width).
         """
-        waveform, lengths, inside = waveform_of(batch, self.encoder.dtype)
+        waveform = batch["audio"].to(self.encoder.dtype)
+        waveform = waveform - waveform.mean(dim=1, keepdim=True)
+        waveform = waveform / (waveform.std(dim=1, keepdim=True) + 1.0)  # int16 steps: 1 is the quietest sound
+        lengths = batch["audio_length"].clamp(min=1)
+        inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths[:, None]
         frames = self.encoder(waveform, attention_mask=inside).last_hidden_state
         frame_lengths = self.encoder._get_feat_extract_output_lengths(lengths).clamp(min=1)
         return masked_mean(frames, frame_lengths)
@@ -145,9 +140,11 @@ class HuggingFaceSpectrogram(nn.Module):
     def __init__(self, data: DataConfig, *, model: str | dict[str, Any], **spectrogram: Any) -> None:
         super().__init__()
         self.front_end = front_end(data, **spectrogram)
-        require(isinstance(self.front_end, LogMel), "model.spectrogram.options.kind: these networks take log_mel")
-        frames = data.crop_samples // self.front_end.hop + 1
-        config = architecture(model, "spectrogram", {"num_mel_bins": self.front_end.mels})
+        mel = self.front_end
+        if not isinstance(mel, LogMel):
+            raise ConfigError("model.spectrogram.options.kind: these networks take log_mel")
+        frames = data.crop_samples // mel.hop + 1
+        config = architecture(model, "spectrogram", {"num_mel_bins": mel.mels})
         if config.model_type == "audio-spectrogram-transformer" and isinstance(model, dict):
             config.max_length = model.get("max_length", frames)
         require(
@@ -156,11 +153,11 @@ class HuggingFaceSpectrogram(nn.Module):
             "clap_audio_model",
         )
         require(
-            config.num_mel_bins == self.front_end.mels,
-            f"model.spectrogram.options.mels: the network has {config.num_mel_bins} bands, not {self.front_end.mels}",
+            config.num_mel_bins == mel.mels,
+            f"model.spectrogram.options.mels: the network has {config.num_mel_bins} bands, not {mel.mels}",
         )
         self.frames = getattr(config, "max_length", None)
-        self.encoder = _network(config, "spectrogram")
+        self.encoder: Any = _network(config, "spectrogram")
         replace_batch_norm(self.encoder, "chunk")
         self.width: int = config.hidden_size
 
@@ -192,7 +189,7 @@ class HuggingFaceText(nn.Module):
     """Any text encoder: BERT, RoBERTa, XLM-R, MPNet, CLIP's, sentence encoders.
 
     Args:
-        data: gives the tokenizer, which must be the network's own where weights are published, and the number of tokens.
+        data: gives the number of tokens and the tokenizer, which must be the network's own where weights are published.
         model: see `architecture`; a dictionary gets the tokenizer's vocabulary, unless it says "vocab_size".
         pooling: "mean" over the tokens, the first one ("cls"), or the last one ("eos", CLIP's).
         projection: outputs of a linear layer without bias after the pooling, as CLIP's; none when 0.
@@ -217,10 +214,12 @@ class HuggingFaceText(nn.Module):
             f"data.tokenizer: {data.tokenizer!r} has {vocabulary:,} tokens, the network in model.text.options "
             f"{config.vocab_size:,}; give the network's own tokenizer",
         )
-        self.encoder, self.pooling = _network(config, "text"), pooling
+        self.encoder: Any = _network(config, "text")
+        self.pooling = pooling
         self.width: int = projection or config.hidden_size
-        self.projection = nn.Linear(config.hidden_size, projection, bias=False) if projection else nn.Identity()
+        self.projection: nn.Module = nn.Identity()
         if projection:
+            self.projection = nn.Linear(config.hidden_size, projection, bias=False)
             nn.init.normal_(self.projection.weight, std=config.hidden_size**-0.5)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:

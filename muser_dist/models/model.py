@@ -61,7 +61,7 @@ def build_head(modality: str, tower: nn.Module, config: ModelConfig) -> nn.Modul
     if config.towers()[modality].head:  # type: ignore[index]
         return ProjectionHead(tower.width, config.projection_dim, config.projection_hidden)  # type: ignore[arg-type]
     require(
-        tower.width == config.projection_dim,
+        bool(tower.width == config.projection_dim),
         f"model.{modality}: without a head the tower's {tower.width} outputs must be the model.projection_dim "
         f"({config.projection_dim}); change one of them, or give --model.{modality}.head",
     )

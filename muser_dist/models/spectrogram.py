@@ -24,7 +24,8 @@ class SpectrogramTower(nn.Module):
             end in an attention pooling and a projection, which take no mask. 0 averages the features instead.
         batch_norm: what becomes of batch normalisation, where the network has it: "chunk" normalises over the valid
             rows of a chunk and updates the running statistics once a step; "frozen" keeps to the running ones.
-        options: "kind" and options of the spectrogram (muser_dist/data/spectrogram.py); the others are passed to timm.create_model; for ConvNeXt `depths` and `dims`.
+        options: "kind" and options of the spectrogram (muser_dist/data/spectrogram.py); the others go to
+            timm.create_model: for ConvNeXt `depths` and `dims`.
 
     Raises:
         ConfigError: timm does not know the model or its options.

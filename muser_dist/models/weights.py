@@ -243,7 +243,7 @@ def _by(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[d
 
 
 def _clip_text(file: dict[str, Tensor]) -> Renamed:
-    """OpenAI's text transformer to transformers': three projections in one there, and a projection that is transposed."""
+    """OpenAI's text transformer to transformers': one matrix for three projections there, and a transposed one."""
     out: Renamed = {}
     for new, (old, tensor) in _by(
         (r"^transformer\.resblocks\.", "encoder.layers."),

@@ -79,9 +79,7 @@ def muser(size: Size = "small") -> RunConfig:
         ),
         model=ModelConfig(
             audio=TowerConfig("waveform", transformer(of.audio)),
-            spectrogram=TowerConfig(
-                "spectrogram", {"depths": list(of.depths), "dims": list(of.dims), "mels": of.mels}
-            ),
+            spectrogram=TowerConfig("spectrogram", {"depths": list(of.depths), "dims": list(of.dims), "mels": of.mels}),
             text=TowerConfig("text", transformer(of.text)),
             projection_dim=of.projection_dim,
         ),
@@ -109,7 +107,7 @@ def muser_audio_text(size: Size = "small") -> RunConfig:
 
 
 def muser_paper() -> RunConfig:
-    """Algorithm 1 to the letter: the mean of the cross-entropies of AT, TA, ST and TS, all logits times one learned e^tau.
+    """Algorithm 1 to the letter: the mean of the cross-entropies of AT, TA, ST and TS, logits times one learned e^tau.
 
     Each row's right answer is itself (Y_i, the index). What the paper leaves open, towers, optimizer and picture among
     it, is the released code's.

@@ -90,7 +90,7 @@ def train_step(
     with torch.set_grad_enabled(not cached), record_function("encode"):
         encoded = [engine.encode(tensors, moment) for tensors, moment in _inputs(chunks, engine.device)]
     modalities = config.model.towers()
-    features = {name: torch.cat([part[name] for part in encoded]) for name in modalities}
+    features: dict[str, Tensor] = {name: torch.cat([part[name] for part in encoded]) for name in modalities}
     shared = {name: value for name, value in encoded[-1].items() if name not in modalities}  # by all chunks
     if cached:
         for leaf in (*features.values(), *shared.values()):

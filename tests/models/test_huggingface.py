@@ -60,7 +60,9 @@ TOWERS: dict[str, tuple[str, str, dict]] = {
 
 def config_with(name: str, **train: object) -> RunConfig:
     modality, build, options = TOWERS[name]
-    return with_towers(config_for("InfoNCE, same text", 1, 2, **train), **{modality: {"build": build, "options": options}})
+    return with_towers(
+        config_for("InfoNCE, same text", 1, 2, **train), **{modality: {"build": build, "options": options}}
+    )
 
 
 @pytest.mark.parametrize("name", TOWERS)

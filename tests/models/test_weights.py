@@ -43,7 +43,10 @@ def test_clips_weights_give_clips_embeddings(tmp_path):
     weights = str(tmp_path / "clip.pt")
     config = with_towers(
         config_for("sigmoid", 1, 2),
-        spectrogram={"options": {"model": "resnet50_clip", "kind": "cropped_linear", "outputs": 1024}, "weights": weights},
+        spectrogram={
+            "options": {"model": "resnet50_clip", "kind": "cropped_linear", "outputs": 1024},
+            "weights": weights,
+        },
         text={
             "build": "hf_text",
             "options": {"model": network, "pooling": "eos", "projection": 1024},
@@ -75,7 +78,11 @@ def test_audioclips_names(tmp_path):
         if name.startswith("attention."):
             published = f"att{int(name.split('.')[1]) + 1}.{name.split('.', 2)[2]}"
         file[f"audio.{published}"] = value + 1.0
-    file |= {"audio.window": torch.ones(100), "visual.conv1.weight": torch.ones(64, 3, 7, 7), "logit_scale": torch.ones(1)}
+    file |= {
+        "audio.window": torch.ones(100),
+        "visual.conv1.weight": torch.ones(64, 3, 7, 7),
+        "logit_scale": torch.ones(1),
+    }
     save_file(file, tmp_path / "audioclip.safetensors")
     model, matches = started(with_towers(config, audio={"weights": str(tmp_path / "audioclip.safetensors")}))
     match = matches["audio"]
@@ -90,7 +97,9 @@ def test_musers_own_image_network_is_taken_before_clips(tmp_path):
     config = with_towers(config_for("sigmoid", 1, 2), spectrogram=options)
     tower = MultimodalModel(config).towers["spectrogram"]
     state = {n.removeprefix("encoder."): v for n, v in tower.state_dict().items() if n.startswith("encoder.")}
-    save_file({f"{part}.{n}": v.clone() for part in ("spec", "visual") for n, v in state.items()}, tmp_path / "m.safetensors")
+    save_file(
+        {f"{part}.{n}": v.clone() for part in ("spec", "visual") for n, v in state.items()}, tmp_path / "m.safetensors"
+    )
     match, _ = match_weights("spectrogram", tower, str(tmp_path / "m.safetensors"))
     assert all(name.startswith("spec.") for name in match.matched.values())
 
@@ -142,13 +151,15 @@ def test_a_run_of_ones_own_gives_the_tower_of_the_same_modality(tmp_path):
         assert changed == name.startswith("towers.text."), name
     match = matches["text"]
     assert not match.missing and not match.left_over
-    line = f"Weights of model.text: {len(match.matched)} of {len(match.matched)} keys from {tmp_path / 'run'} (its own names"
-    assert str(match).startswith(line)
+    keys = f"{len(match.matched)} of {len(match.matched)} keys"
+    assert str(match).startswith(f"Weights of model.text: {keys} from {tmp_path / 'run'} (its own names")
     listed = json.loads(as_json([match]))["text"]
     assert listed["matched"]["encoder.embeddings.LayerNorm.bias"] == "towers.text.encoder.embeddings.LayerNorm.bias"
     alone = {**weights}
-    save_file({n: v for n, v in alone.items() if "towers.text" not in n}, tmp_path / "run" / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no key of .* fits the tower: the file has none"):
+    save_file(
+        {n: v for n, v in alone.items() if "towers.text" not in n}, tmp_path / "run" / "model" / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"no key of .* fits the tower: the file has none"):
         report_weights(with_towers(source, text={"weights": str(tmp_path / "run")}))
 
 
