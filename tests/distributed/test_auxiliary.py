@@ -17,6 +17,7 @@ from tests.distributed.engine_cells import Recording, config_for, expected, glob
 from tests.distributed.loss_cells import TOLERANCE, errors
 from tests.distributed.workers import run_workers
 from tests.models.test_frozen import with_towers
+from tests.models.test_huggingface import TOWERS
 
 CPU = torch.device("cpu")
 CASES = [(2, 5, True), (3, 5, True)]
@@ -127,3 +128,36 @@ def test_sgd_is_torchs_with_nesterov_momentum():
         optimizer.zero_grad()
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(parameter, dict(engine.model.named_parameters())[name])
+
+
+PUBLISHED = ("ESResNeXt", "HTS-AT", "CLIP text")
+
+
+def of_published_kinds(workers: int, stage: int = 0) -> RunConfig:
+    config = config_for("InfoNCE, same text", workers, 4, stage)
+    towers = {
+        modality: {"build": build, "options": options} for modality, build, options in (TOWERS[n] for n in PUBLISHED)
+    }
+    return with_towers(config, **towers)
+
+
+def published_worker(rank: int, world: int, folder: str) -> None:
+    for stage in (1, 3):
+        config = of_published_kinds(world, stage)
+        recording = Recording(DeepSpeedEngine(MultimodalModel(config), config, CPU))
+        step(recording, config, rank, world)
+        if rank == 0:
+            torch.save(recording.gradients, f"{folder}/published-{stage}.pt")
+
+
+@pytest.mark.slow
+def test_towers_of_published_kinds_over_two_ranks_equal_one_process(tmp_path):
+    run_workers(published_worker, 2, 2, str(tmp_path))
+    config = of_published_kinds(1)
+    recording = Recording(PlainEngine(MultimodalModel(config), config, CPU))
+    step(recording, config, 0, 1)
+    want = {name: gradient.double() for name, gradient in recording.gradients.items()}
+    for stage in (1, 3):
+        worst = max(errors(torch.load(tmp_path / f"published-{stage}.pt"), want).items(), key=lambda item: item[1])
+        # Both are float32, and statistics of the few rows of a chunk enlarge rounding.
+        assert worst[1] <= 1e-3, (stage, worst)
