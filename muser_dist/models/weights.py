@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from muser_dist.config import RunConfig
-from muser_dist.errors import CheckpointError
+from muser_dist.errors import ConfigError
 from muser_dist.models.model import MultimodalModel
 
 REPORT = "weights.json"
@@ -68,7 +68,7 @@ def load_weights(model: MultimodalModel, config: RunConfig) -> list[Match]:
     """Puts the weights that towers start from into a model; on the meta device it only looks.
 
     Raises:
-        CheckpointError: a file cannot be read, or a key has another shape and is not of the tower's own head.
+        ConfigError: a file cannot be read, or a key has another shape and is not of the tower's own head.
     """
     matches = []
     for modality, settings in config.model.towers().items():
@@ -88,7 +88,7 @@ def report_weights(config: RunConfig) -> list[Match]:
     """What `load_weights` will do, without the memory of a model.
 
     Raises:
-        CheckpointError: as there.
+        ConfigError: as there.
     """
     if not any(settings.weights for settings in config.model.towers().values()):
         return []
@@ -109,7 +109,7 @@ def match_weights(modality: str, tower: nn.Module, source: str) -> tuple[Match, 
         the report, and by the tower's key the tensor of the file.
 
     Raises:
-        CheckpointError: as `load_weights`, or no key fits.
+        ConfigError: as `load_weights`, or no key fits.
     """
     where = f"model.{modality}.weights"
     file = read_weights(source, where)
@@ -130,14 +130,14 @@ def match_weights(modality: str, tower: nn.Module, source: str) -> tuple[Match, 
                 best = {key: renamed[prefix + short] for short, key in here.items() if prefix + short in renamed}
                 best |= {key: renamed[key] for key in wanted if key not in best and key in renamed}
     if not best:
-        raise CheckpointError(
+        raise ConfigError(
             f"{where}: no key of {source} fits the tower: the file has {_some(file)}, the tower {_some(wanted)}"
         )
     own_head = getattr(tower, "own_head", "")
     other_shape = [key for key, (_, tensor) in best.items() if tensor.shape != wanted[key].shape]
     for key in other_shape:
         if not (own_head and key.startswith(own_head)):
-            raise CheckpointError(
+            raise ConfigError(
                 f"{where}: {best[key][0]} of {source} is {tuple(best[key][1].shape)}, where the tower has "
                 f"{tuple(wanted[key].shape)} ({key}); give model.{modality}.options (and data.max_tokens and "
                 "data.tokenizer for texts) the sizes of the file"
@@ -160,7 +160,7 @@ def read_weights(source: str, where: str) -> dict[str, Tensor]:
     """The tensors of a file, a folder, or a name on the Hugging Face hub, by key.
 
     Raises:
-        CheckpointError: there is no such file, or it holds more than tensors.
+        ConfigError: there is no such file, or it holds more than tensors.
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(source, where):
@@ -171,7 +171,7 @@ def read_weights(source: str, where: str) -> dict[str, Tensor]:
                 tensors |= _tensors(torch.load(path, map_location="cpu", weights_only=True))
         except (UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{where}: {path} cannot be read ({reason}); {_CONVERT}") from None
+            raise ConfigError(f"{where}: {path} cannot be read ({reason}); {_CONVERT}") from None
     # A count that nobody reads.
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
 
@@ -185,7 +185,7 @@ def _files(source: str, where: str) -> list[Path]:
         for pattern in ("*.safetensors", "pytorch_model*.bin"):
             if found := sorted(folder.glob(pattern)):
                 return found
-        raise CheckpointError(f"{where}: {source} holds neither *.safetensors nor pytorch_model*.bin")
+        raise ConfigError(f"{where}: {source} holds neither *.safetensors nor pytorch_model*.bin")
     try:
         for name in ("model.safetensors", "pytorch_model.bin"):
             if found_there := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
@@ -193,7 +193,7 @@ def _files(source: str, where: str) -> list[Path]:
         reason = "it has no model.safetensors and no pytorch_model.bin"
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-    raise CheckpointError(f"{where}: {source!r} is no file, no folder, and no name on the Hugging Face hub: {reason}")
+    raise ConfigError(f"{where}: {source!r} is no file, no folder, and no name on the Hugging Face hub: {reason}")
 
 
 def _tensors(content: object) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ClapAudioConfig, ClapAudioModel, HubertConfig, HubertModel
 
 from muser_dist.config import RunConfig
-from muser_dist.errors import CheckpointError
+from muser_dist.errors import ConfigError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.models.weights import as_json, load_weights, match_weights, report_weights
 from muser_dist.muser import save_model
@@ -159,7 +159,7 @@ def test_a_run_of_ones_own_gives_the_tower_of_the_same_modality(tmp_path):
     save_file(
         {n: v for n, v in alone.items() if "towers.text" not in n}, tmp_path / "run" / "model" / "model.safetensors"
     )
-    with pytest.raises(CheckpointError, match=r"no key of .* fits the tower: the file has none"):
+    with pytest.raises(ConfigError, match=r"no key of .* fits the tower: the file has none"):
         report_weights(with_towers(source, text={"weights": str(tmp_path / "run")}))
 
 
@@ -177,7 +177,7 @@ def test_of_another_shape_only_ones_own_head_may_be(tmp_path):
     assert torch.isfinite(model.encode("text", batch_of(config))).all()
     name = "encoder.embeddings.position_embedding.weight"
     torch.save(state | {name: torch.ones(9, 16)}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=rf"{name} of .* is \(9, 16\), where the tower has \(77, 16\)"):
+    with pytest.raises(ConfigError, match=rf"{name} of .* is \(9, 16\), where the tower has \(77, 16\)"):
         report_weights(with_towers(config, text={"weights": str(tmp_path / "w.pt")}))
 
 
@@ -190,7 +190,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, capsys):
     config = config_with("BERT")
 
     def message(source: object) -> str:
-        with pytest.raises(CheckpointError, match=r"^model\.text\.weights: ") as raised:
+        with pytest.raises(ConfigError, match=r"^model\.text\.weights: ") as raised:
             report_weights(with_towers(config, text={"weights": str(source)}))
         return str(raised.value)
 
