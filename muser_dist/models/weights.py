@@ -118,6 +118,7 @@ def match_weights(modality: str, tower: nn.Module, source: str) -> tuple[Match, 
     if any(name.startswith("towers.") for name in file):  # a run's: the towers of other modalities may fit too
         file = {name: tensor for name, tensor in file.items() if name.startswith(f"towers.{modality}.")}
 
+    own_head = getattr(tower, "own_head", "")
     best: dict[str, tuple[str, Tensor]] = {}
     naming, most = "", 0
     for name, renaming in _RENAMINGS.items():
@@ -128,12 +129,12 @@ def match_weights(modality: str, tower: nn.Module, source: str) -> tuple[Match, 
             if fitting > most:
                 most, naming = fitting, name + (f", under {prefix!r}" if prefix else "")
                 best = {key: renamed[prefix + short] for short, key in here.items() if prefix + short in renamed}
-                best |= {key: renamed[key] for key in wanted if key not in best and key in renamed}
+                if own_head:  # which may stand beside the network
+                    best |= {key: renamed[key] for key in wanted if key.startswith(own_head) and key in renamed}
     if not best:
         raise ConfigError(
             f"{where}: no key of {source} fits the tower: the file has {_some(file)}, the tower {_some(wanted)}"
         )
-    own_head = getattr(tower, "own_head", "")
     other_shape = [key for key, (_, tensor) in best.items() if tensor.shape != wanted[key].shape]
     for key in other_shape:
         if not (own_head and key.startswith(own_head)):
@@ -275,8 +276,8 @@ _RENAMINGS: dict[str, Callable[[dict[str, Tensor]], Renamed]] = {
         (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),  # of the first BERT
         (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
     ),
-    # A norm and its activation are one module there.
-    "timm's names": _by((r"\.bn\.(?=\w+$)", ".bn.0.")),
+    # A norm and its activation are one module there; features alone come from a network without its nested lists.
+    "timm's names": _by((r"\.bn\.(?=\w+$)", ".bn.0."), (r"\b(stem|stages)\.(?=\d)", r"\1_")),
     "CLIP's names": _clip_text,
     "CLIP's names of its image network": _by(
         (r"(^|\.)conv(\d)\.(?=\w+$)", r"\1stem.conv\2.conv."),

@@ -25,16 +25,18 @@ CASES = [(2, 5, True), (3, 5, True)]
 
 
 class Factors(nn.Module):
+    """So many that ZeRO-3 shares them out: DeepSpeed leaves parameters below 100,000 whole."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.tensor([3.0, 2.0]))
+        self.values = nn.Parameter(torch.tensor([3.0, 2.0])[:, None].repeat(1, 60_000))
 
     def forward(self) -> Tensor:
         return self.values
 
 
 class Penalised(nn.Module):
-    """How loud the clip is, times two factors that should be 1."""
+    """How loud the clip is, times the means of factors that should be 1."""
 
     width = 2
 
@@ -43,10 +45,10 @@ class Penalised(nn.Module):
         self.factors = Factors()
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        return {"unit": (self.factors() - 1.0).square().sum()}
+        return {"unit": (self.factors() - 1.0).square().mean(dim=1).sum()}
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        factors = self.factors()
+        factors = self.factors().mean(dim=1)
         return (0.1 + batch["audio"].to(factors).abs().mean(dim=1, keepdim=True) / 32768) * factors
 
 
@@ -84,7 +86,7 @@ def check_alone(metrics: dict[str, float], got: dict[str, Tensor], chunks: int, 
     exact, want = expected(config_of(1, chunks))
     want = dict(want)
     name = "towers.audio.factors.values"
-    want[name] = want[name] + torch.tensor([4.0, 2.0], dtype=torch.float64)  # of (3 - 1)² + (2 - 1)² = 5
+    want[name] = want[name] + torch.tensor([[4.0], [2.0]], dtype=torch.float64) / 60_000  # of (3 - 1)² + (2 - 1)² = 5
     assert metrics["loss/audio/unit"] == pytest.approx(5.0), words
     assert metrics["loss"] == pytest.approx(exact + 5.0, rel=1e-6), words
     worst = max(errors(got, want).items(), key=lambda item: item[1])

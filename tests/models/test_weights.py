@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -102,6 +103,21 @@ def test_musers_own_image_network_is_taken_before_clips(tmp_path):
     )
     match, _ = match_weights("spectrogram", tower, str(tmp_path / "m.safetensors"))
     assert all(name.startswith("spec.") for name in match.matched.values())
+
+
+def test_timms_names(tmp_path):
+    sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]}
+    theirs = timm.create_model("convnext_atto", in_chans=1, **sizes)
+    save_file(theirs.state_dict(), tmp_path / "convnext.safetensors")
+    options = sizes | {"mels": 32, "window": 256, "hop": 80}
+    config = config_for("sigmoid", 1, 2)
+    tower = {"options": options, "weights": str(tmp_path / "convnext.safetensors")}
+    model, matches = started(with_towers(config, spectrogram=tower))
+    match = matches["spectrogram"]
+    assert match.missing == ["norm.weight", "norm.bias"]  # ours, after the pooling
+    assert all(name.startswith("head.") for name in match.left_over)
+    mine = model.towers["spectrogram"].encoder.state_dict()
+    torch.testing.assert_close(mine["stages_3.blocks.0.norm.weight"], theirs.stages[3].blocks[0].norm.weight.data)
 
 
 @pytest.mark.parametrize(
