@@ -110,7 +110,7 @@ def muser_paper() -> RunConfig:
     """Algorithm 1 to the letter: the mean of the cross-entropies of AT, TA, ST and TS, logits times one learned e^tau.
 
     Each row's right answer is itself (Y_i, the index). What the paper leaves open, towers, optimizer and picture among
-    it, is the released code's.
+    it, is the released code's; so the audio tower's loss on its wavelets is added here too.
     """
     config = muser_code()
     return replace(

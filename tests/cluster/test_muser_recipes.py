@@ -15,6 +15,7 @@ RECIPES = ["muser_tiny", "muser_audio_text_tiny", "tests.recipes.shrunk:muser_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # five runs
 def test_each_recipe_trains_on_two_workers_and_one_starts_from_anothers_weights(cluster, corpus, tmp_path, capsys):
     job = runpy.run_path(str(ROOT / "jobs" / "pretrain.py"))["job"]
     common = ["--data.train", f"{corpus}/train-*.tar", "--data.val", f"{corpus}/val-*.tar", "--storage", str(tmp_path)]

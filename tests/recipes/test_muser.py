@@ -140,17 +140,17 @@ import torch
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.engine import PlainEngine
-from muser_dist.train.find_chunk import _chunk
-from muser_dist.train.step import to_device, train_step
+from muser_dist.train.step import train_step
 from dataclasses import replace
+from tests.distributed.engine_cells import ROWS, global_chunks, on_device
 from tests.recipes.test_muser import offline
 
 config = offline("muser_code")
-config = replace(config, train=replace(config.train, global_batch=2, chunk=2))
+config = replace(config, train=replace(config.train, global_batch=ROWS, chunk=ROWS))
 engine = PlainEngine(MultimodalModel(config), config, torch.device("cpu"))
-chunk = to_device(_chunk(config, 2, 0), tuple(config.model.towers()), engine.device)
-made = train_step(engine, load_objective(config.objective), config, [chunk], 1.0)
-assert made.applied and made.features["audio"].shape == (2, 1024)
+chunks = on_device(global_chunks(config, messy=False), config)
+made = train_step(engine, load_objective(config.objective), config, chunks, 1.0)
+assert made.applied and made.features["audio"].shape == (ROWS, 1024)
 assert "loss/audio/kernel_norm" in made.loss.metrics
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
