@@ -26,9 +26,17 @@ MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "text")
 @dataclass(frozen=True)
 class TowerConfig(Strict):
     build: str
-    """Built-in tower ("waveform", "spectrogram", "text") or your own as "package.module:Class"."""
+    """Built-in tower ("waveform", "spectrogram", "text", sized by options; "esresnext_fbsp" on raw samples;
+    "hf_waveform", "hf_spectrogram", "hf_text" for networks of Hugging Face) or your own as "package.module:Class"."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the tower's constructor: its sizes. Each tower's docstring lists them."""
+    head: bool = True
+    """Projects the tower's output into the joint space. Off, the output is the embedding: towers that end in a
+    projection of their own, as CLIP's do; their width must be model.projection_dim."""
+    weights: str = ""
+    """Weights to start from: a file (.safetensors, or .pt/.bin with nothing but tensors), a folder of Hugging Face's or
+    its name there, or the folder `model` of a run, of which the tower of this modality is taken. How keys met is said
+    at the start and in weights.json."""
     lr: float | None = None
     """Peak learning rate of this tower and its head; train.lr when not given."""
     freeze: bool = False

@@ -17,6 +17,7 @@ from muser_dist.data.audio import decode, to_int16
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
+from muser_dist.models.huggingface import self_contained
 from muser_dist.models.model import MultimodalModel
 
 FORMAT = 3
@@ -29,11 +30,11 @@ Clip = str | Path | bytes | np.ndarray
 def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
     """Writes an exported model: model.safetensors, the tokenizer if it has files, and config.json last.
 
-    Where the data and the run lay is left out of the config: addresses may say more than they should.
+    Where data, weights and the run lay is left out of the config: addresses may say more than they should.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = replace(config.data, train=(), val=(), sources=(), storage_options="", cache_folder="")
-    content = {"format": FORMAT, "config": to_dict(replace(config, storage="", data=data))}
+    content = {"format": FORMAT, "config": to_dict(replace(self_contained(config), storage="", data=data))}
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / _TOKENIZER)

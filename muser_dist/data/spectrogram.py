@@ -23,21 +23,36 @@ class LogMel(nn.Module):
         mels: bands between 0 Hz and half the sample rate.
         window: samples of the Fourier transform.
         hop: samples between frames.
+        low, high: Hz, where the bands begin and end; 0 as `high` means half the sample rate.
+        mean, deviation: of natural logarithms of power; they come out as 0 and 1. Published networks want their own.
     """
 
     channels = 1
     fits_float16 = True
 
-    def __init__(self, sample_rate: int, mels: int = 64, window: int = 1024, hop: int = 320) -> None:
+    def __init__(
+        self,
+        sample_rate: int,
+        mels: int = 64,
+        window: int = 1024,
+        hop: int = 320,
+        low: float = 0.0,
+        high: float = 0.0,
+        mean: float = -4.0,
+        deviation: float = 4.0,
+    ) -> None:
         super().__init__()
+        self.mels, self.hop, self.mean, self.deviation = mels, hop, mean, deviation
         with torch.device("cpu"):  # it looks at the values of its filters, which the meta device lacks
-            self.mel = MelSpectrogram(sample_rate, n_fft=window, hop_length=hop, n_mels=mels)
+            self.mel = MelSpectrogram(
+                sample_rate, n_fft=window, hop_length=hop, n_mels=mels, f_min=low, f_max=high or None
+            )
 
     def forward(self, audio: Tensor) -> Tensor:
         """(rows, samples) int16 to (rows, 1, mels, frames) float32, about zero mean and unit variance."""
         with torch.autocast(audio.device.type, enabled=False):
             power = self.mel(audio.to(self.mel.mel_scale.fb.dtype) / 32768.0)
-            return ((torch.log(power + 1e-6) + 4.0) / 4.0)[:, None]
+            return ((torch.log(power + 1e-6) - self.mean) / self.deviation)[:, None]
 
 
 class CroppedLinear(nn.Module):
@@ -81,7 +96,7 @@ class CroppedLinear(nn.Module):
 
 KINDS: dict[str, type[LogMel] | type[CroppedLinear]] = {"log_mel": LogMel, "cropped_linear": CroppedLinear}
 
-_OPTIONS = ("mels", "window", "hop")
+OPTIONS = ("kind", "mels", "window", "hop", "low", "high", "mean", "deviation")
 
 
 def front_end(data: DataConfig, kind: str = "log_mel", **options: Any) -> LogMel | CroppedLinear:
@@ -99,7 +114,7 @@ def front_end(data: DataConfig, kind: str = "log_mel", **options: Any) -> LogMel
         return KINDS[kind](data.sample_rate, **options)
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"model.spectrogram.options: {error}; kinds are {', '.join(KINDS)}, options {', '.join(_OPTIONS)}"
+            f"model.spectrogram.options: {error}; kinds are {', '.join(KINDS)}, options {', '.join(OPTIONS[1:])}"
         ) from None
 
 
@@ -109,8 +124,7 @@ def in_tasks(data: DataConfig, tower: TowerConfig) -> LogMel | CroppedLinear:
     Raises:
         ConfigError: its spectrograms do not fit the float16 that goes through the object store.
     """
-    names = ("kind", *_OPTIONS)
-    module = front_end(data, **{name: tower.options[name] for name in names if name in tower.options})
+    module = front_end(data, **{name: tower.options[name] for name in OPTIONS if name in tower.options})
     if not module.fits_float16:
         raise ConfigError(
             "data.spectrogram_on: the power of a cropped_linear spectrogram overflows float16; give device"

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from muser_dist.config import DataConfig, RunConfig, TowerConfig
-from muser_dist.errors import ConfigError
+from muser_dist.config import DataConfig, ModelConfig, RunConfig, TowerConfig
+from muser_dist.errors import ConfigError, require
 from muser_dist.models.compiling import compile_tower, compiled
+from muser_dist.models.esresnext import ESResNeXt
 from muser_dist.models.frozen import FrozenOutputs
 from muser_dist.models.heads import LogitScale, ProjectionHead
+from muser_dist.models.huggingface import HuggingFaceSpectrogram, HuggingFaceText, HuggingFaceWaveform
 from muser_dist.models.recompute import recompute_activations
 from muser_dist.models.spectrogram import SpectrogramTower
 from muser_dist.models.text import TextTower
@@ -20,11 +22,17 @@ from muser_dist.plugins import resolve
 
 # A tower is an nn.Module that is built from the data config and its options, has `width`, and
 # maps a batch to (rows, width). It must treat rows apart from each other and draw its random
-# numbers from torch's global generator, which is seeded before each call.
+# numbers from torch's global generator, which is seeded before each call. It may have
+# `auxiliary_losses`, which returns scalars by name that depend on its parameters alone and are added
+# to the loss; and `own_head`, the prefix of its last layer's weights.
 TOWERS: dict[str, Callable[..., nn.Module]] = {
     "waveform": WaveformTower,
     "spectrogram": SpectrogramTower,
     "text": TextTower,
+    "esresnext_fbsp": ESResNeXt,
+    "hf_waveform": HuggingFaceWaveform,
+    "hf_spectrogram": HuggingFaceSpectrogram,
+    "hf_text": HuggingFaceText,
 }
 
 
@@ -42,6 +50,22 @@ def build_tower(modality: str, config: TowerConfig, data: DataConfig) -> nn.Modu
     if not isinstance(getattr(tower, "width", None), int):
         raise ConfigError(f"model.{modality}.build: {config.build} has no integer attribute `width`")
     return tower
+
+
+def build_head(modality: str, tower: nn.Module, config: ModelConfig) -> nn.Module:
+    """What a tower's config says stands between it and the loss.
+
+    Raises:
+        ConfigError: nothing, and the tower's output does not have the dimensions of the joint space.
+    """
+    if config.towers()[modality].head:  # type: ignore[index]
+        return ProjectionHead(tower.width, config.projection_dim, config.projection_hidden)  # type: ignore[arg-type]
+    require(
+        bool(tower.width == config.projection_dim),
+        f"model.{modality}: without a head the tower's {tower.width} outputs must be the model.projection_dim "
+        f"({config.projection_dim}); change one of them, or give --model.{modality}.head",
+    )
+    return nn.Identity()
 
 
 class MultimodalModel(nn.Module):
@@ -63,10 +87,7 @@ class MultimodalModel(nn.Module):
                 {name: build_tower(name, tower, config.data) for name, tower in config.model.towers().items()}
             )
             self.heads = nn.ModuleDict(
-                {
-                    name: ProjectionHead(tower.width, config.model.projection_dim, config.model.projection_hidden)  # type: ignore[arg-type]
-                    for name, tower in self.towers.items()
-                }
+                {name: build_head(name, tower, config.model) for name, tower in self.towers.items()}
             )
         self.logits = LogitScale(config.objective)
         self._frozen: dict[str, FrozenOutputs] = {}
@@ -97,8 +118,10 @@ class MultimodalModel(nn.Module):
                 dropout: the same on every number of workers, and again in a second pass.
 
         Returns:
-            (rows, projection_dim) float32 for each modality, not normalised; and what `LogitScale` gives:
-            it comes from here because at ZeRO-3 a parameter can be read only inside its module's forward.
+            (rows, projection_dim) float32 for each modality, not normalised; and what depends on parameters
+            alone: what `LogitScale` gives, and, where `moment` is given, the auxiliary losses of towers that are
+            trained, as "MODALITY/NAME". They come from here because at ZeRO-3 a parameter can be read only inside its
+            module's forward.
         """
         out = {}
         # Here and not around the call: DeepSpeed switches an outer autocast off.
@@ -109,6 +132,7 @@ class MultimodalModel(nn.Module):
                 else:
                     torch.manual_seed(_mix(self.seed, *moment, name))
                     out[name] = self._project(name, self._train_tower(name, batch, moment))
+                    out |= self._auxiliary_losses(name)
         return out | self.logits()
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
@@ -131,6 +155,12 @@ class MultimodalModel(nn.Module):
             if modality in self._frozen:
                 return self._frozen[modality](tower, batch, moment)
             return tower(batch)
+
+    def _auxiliary_losses(self, modality: str) -> dict[str, Tensor]:
+        tower = self.towers[modality]
+        if modality in self._frozen or not hasattr(tower, "auxiliary_losses"):
+            return {}
+        return {f"{modality}/{name}": loss for name, loss in tower.auxiliary_losses().items()}  # type: ignore[operator]
 
     def _project(self, modality: str, features: Tensor) -> Tensor:
         projected = self.heads[modality](features)

@@ -7,23 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from muser_dist.data.config import DataConfig
-from muser_dist.data.spectrogram import front_end
+from muser_dist.data.spectrogram import OPTIONS, front_end
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.batch_norm import replace_batch_norm, set_valid_rows
 from muser_dist.models.heads import masked_mean
 
 
 class SpectrogramTower(nn.Module):
-    """An image network of timm on the spectrogram, averaged over frequency and time.
+    """An image network of timm on the spectrogram, averaged over frequency and time, or pooled by its own head.
 
     Args:
         data: gives the sample rate and the length of crops.
         model: timm's name of the network; it must be convolutional with (rows, channels,
-            frequency, time) features.
+            frequency, time) features, unless `outputs` is given.
+        outputs: of the network's own head, which is then the tower's output: CLIP's networks ("resnet50_clip", 1,024)
+            end in an attention pooling and a projection, which take no mask. 0 averages the features instead.
         batch_norm: what becomes of batch normalisation, where the network has it: "chunk" normalises over the valid
             rows of a chunk and updates the running statistics once a step; "frozen" keeps to the running ones.
-        kind, mels, window, hop: of the spectrogram; see muser_dist/data/spectrogram.py.
-        timm_options: passed to timm.create_model; for ConvNeXt `depths` and `dims`.
+        options: "kind" and options of the spectrogram (muser_dist/data/spectrogram.py); the others go to
+            timm.create_model: for ConvNeXt `depths` and `dims`.
 
     Raises:
         ConfigError: timm does not know the model or its options.
@@ -34,28 +36,24 @@ class SpectrogramTower(nn.Module):
         data: DataConfig,
         *,
         model: str = "convnext_atto",
+        outputs: int = 0,
         batch_norm: Literal["chunk", "frozen"] = "chunk",
-        kind: str = "log_mel",
-        mels: int | None = None,
-        window: int | None = None,
-        hop: int | None = None,
-        **timm_options: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        given = {"mels": mels, "window": window, "hop": hop}
-        self.front_end = front_end(data, kind, **{name: value for name, value in given.items() if value is not None})
+        self.front_end = front_end(data, **{name: options.pop(name) for name in OPTIONS if name in options})
         self.samples = data.crop_samples
         try:
-            # The network without its head: a parameter that nothing uses would stall ZeRO.
-            self.encoder = timm.create_model(
-                model, in_chans=self.front_end.channels, features_only=True, out_indices=(-1,), **timm_options
-            )
+            # Either with its head or without: a parameter that nothing uses would stall ZeRO.
+            head = {"num_classes": outputs} if outputs else {"features_only": True, "out_indices": (-1,)}
+            self.encoder = timm.create_model(model, in_chans=self.front_end.channels, **head, **options)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(f"model.spectrogram.options: timm cannot build {model!r}: {error}") from None
         require(batch_norm in ("chunk", "frozen"), f"model.spectrogram.options.batch_norm: no {batch_norm!r}")
         replace_batch_norm(self.encoder, batch_norm)
-        self.width: int = self.encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
-        self.norm = nn.LayerNorm(self.width)
+        self.own_head = f"encoder.{self.encoder.default_cfg['classifier']}." if outputs else ""  # type: ignore[index]
+        self.width: int = outputs or self.encoder.feature_info.channels()[-1]  # type: ignore[operator, union-attr]
+        self.norm = None if outputs else nn.LayerNorm(self.width)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeds a batch.
@@ -69,6 +67,8 @@ class SpectrogramTower(nn.Module):
         """
         image = batch["spectrogram"].float() if "spectrogram" in batch else self._image(batch["audio"])
         set_valid_rows(self.encoder, batch["audio_length"] > 0)
+        if self.norm is None:
+            return self.encoder(image)
         (features,) = self.encoder(image)  # (rows, width, frequency, time)
         columns = features.mean(dim=2).transpose(1, 2)
         samples_per_column = self.samples / columns.shape[1]

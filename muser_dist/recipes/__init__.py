@@ -1,19 +1,33 @@
 """Recipes: functions that return a complete RunConfig, one file for each published system."""
 
 from collections.abc import Callable
+from functools import partial
 
 from muser_dist.config import RunConfig
 from muser_dist.plugins import resolve
+from muser_dist.recipes.muser import muser, muser_audio_text, muser_code, muser_paper
 from muser_dist.recipes.tiny import tiny
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny}
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "tiny": tiny,
+    "muser": muser,
+    "muser_tiny": partial(muser, "tiny"),
+    "muser_base": partial(muser, "base"),
+    "muser_large": partial(muser, "large"),
+    "muser_audio_text": muser_audio_text,
+    "muser_audio_text_tiny": partial(muser_audio_text, "tiny"),
+    "muser_audio_text_base": partial(muser_audio_text, "base"),
+    "muser_audio_text_large": partial(muser_audio_text, "large"),
+    "muser_paper": muser_paper,
+    "muser_code": muser_code,
+}
 
 
 def load_recipe(name: str) -> RunConfig:
     """The config that a recipe returns.
 
     Args:
-        name: a built-in recipe ("tiny"), or your own function as "package.module:function".
+        name: a built-in recipe ("tiny", "muser", "muser_base", ...), or your own function as "package.module:function".
 
     Raises:
         ConfigError: there is no such recipe.

@@ -34,14 +34,16 @@ class TrainConfig(Strict):
     """Encodes chunks twice, so that memory holds the activations of one chunk however many a step has (GradCache).
     Off, it holds those of all of a worker's chunks, and towers run forward once in place of twice. The result is the
     same, and so is the time where each worker has one chunk."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum, with which MUSER was published."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_samples: int = 4_096
     """Samples of linear warm-up; a half cosine to zero follows."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; none on temperatures, biases and norms."""
+    """Weight decay, of AdamW decoupled; none on temperatures, biases and norms."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moment; the first is the momentum of SGD."""
     clip_norm: float = 1.0
     """Gradient norm over all parameters that steps are clipped to; 0 means no clipping."""
     max_loss: float = 0.0

@@ -7,6 +7,7 @@ from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.evaluate.report import SPARE
+from muser_dist.models.weights import report_weights
 from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards
 
 
@@ -30,7 +31,7 @@ def dry_run(config: RunConfig) -> str:
 
     train, slots, gib = config.train, config.data.decode_slots, 1 << 30
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
-    lines = [describe_plan(config, indices, parameters), ""]
+    lines = [describe_plan(config, indices, parameters), *map(str, report_weights(config)), ""]
     for workers in dict.fromkeys((least, most)):
         weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
         held = weights + gradients + moments
@@ -64,5 +65,5 @@ def state_bytes(parameters: int, train: TrainConfig, workers: int) -> tuple[int,
     def of(numbers: int, stage: int) -> int:
         return 4 * numbers * parameters // (workers if train.zero_stage >= stage else 1)
 
-    states = 2 + bool(train.ema_samples) + (0 < train.zero_stage < 3)
+    states = (1 if train.optimizer == "sgd" else 2) + bool(train.ema_samples) + (0 < train.zero_stage < 3)
     return of(1, 3), of(1, 2), of(states, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from muser_dist.config import RunConfig
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.collectives import sum_over_ranks, world
-from muser_dist.train.optimizer import AVERAGE, AveragingAdamW, optimizer_of
+from muser_dist.train.optimizer import AVERAGE, AveragingOptimizer, optimizer_of
 
 
 class Engine(Protocol):
@@ -346,7 +346,7 @@ class DeepSpeedEngine:
         return whole
 
 
-def _by_part(optimizer: AveragingAdamW, grad_norm: float) -> dict[str, float]:
+def _by_part(optimizer: AveragingOptimizer, grad_norm: float) -> dict[str, float]:
     """A gradient's norm by part of the model, before clipping: which changes no part's share of the squares."""
     squares = sum_over_ranks(torch.stack([square.double() for square in optimizer.squares.values()]))
     norms = (squares / squares.sum().clamp(min=1e-300)).sqrt() * grad_norm

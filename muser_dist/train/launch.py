@@ -28,6 +28,7 @@ from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.evaluate.summary import describe
 from muser_dist.files import write_whole
+from muser_dist.models.weights import REPORT, as_json, report_weights
 from muser_dist.muser import Muser
 from muser_dist.train.dealer import NOTHING, Dealer
 from muser_dist.train.find_chunk import find_chunk
@@ -117,7 +118,11 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     config = replace(config, storage=str(Path(config.storage).resolve()))
     if (place := config.train.checkpoint_storage) and "://" not in place:
         config = replace(config, train=replace(config.train, checkpoint_storage=str(Path(place).resolve())))
+    matches = report_weights(config)
     prepare_folder(config, command)
+    if matches:
+        print("\n".join(map(str, matches)), flush=True)
+        write_whole(config.folder / REPORT, as_json(matches))
 
     indices = [load_index(config, source, storage, shards[source.name]) for source in config.data.training_sources()]
     val_index = load_index(config, VAL, storage, shards[VAL.name]) if config.data.val else None

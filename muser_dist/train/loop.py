@@ -16,6 +16,7 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.data.storage import Storage
 from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError, StopTraining
 from muser_dist.models.model import MultimodalModel
+from muser_dist.models.weights import load_weights
 from muser_dist.muser import save_model
 from muser_dist.objectives.collectives import of_rank_0
 from muser_dist.objectives.registry import load_objective
@@ -98,7 +99,9 @@ def train(config: RunConfig) -> None:
     train, modalities = config.train, tuple(config.model.towers())
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
-    engine = DeepSpeedEngine(MultimodalModel(config), config, device)
+    model = MultimodalModel(config)
+    load_weights(model, config)
+    engine = DeepSpeedEngine(model, config, device)
     objective = load_objective(config.objective)
     log = RunLog(config, ranks) if rank == 0 else None
     store = CheckpointStore(config, Storage.of(config.data))

@@ -1,4 +1,4 @@
-"""What is optimised how: parameter groups, AdamW with a moving average of the weights, the schedule in samples."""
+"""What is optimised how: parameter groups, optimizers with a moving average of the weights, the schedule in samples."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ AVERAGE = "average"
 
 
 def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: a learning rate per tower (with its head), no decay on temperatures, biases and norms.
+    """The optimizer's groups: a learning rate per tower (with its head), no decay on temperatures, biases and norms.
 
     Returns:
         groups with "params", "lr" (the peak), "weight_decay" and "part" (the tower, or "logits"), in a fixed order.
@@ -38,25 +38,26 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
     return groups
 
 
-class AveragingAdamW(torch.optim.AdamW):
-    """torch's AdamW, whose states exist from the start, and which knows the gradients' norms by tower.
+class AveragingOptimizer(torch.optim.Optimizer):
+    """What torch's optimizers lack: states that exist from the start, an average, and gradients' norms by tower.
 
     The average is a state like the moments, so ZeRO shares it out among ranks as it does those, and checkpoints hold it
     without more ado.
 
-    Args:
-        groups: as of torch.optim.AdamW.
-        betas: as of torch.optim.AdamW.
-        average_decay: weight of the old average in each step; None without an average.
-
     Attributes:
+        moments: names of the states of the optimizer's size.
+        average_decay: weight of the old average in each step; None without an average.
         squares: by the groups' "part", the sum of squares of the last step's gradients, clipped, on this rank.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], average_decay: float | None) -> None:
-        super().__init__(groups, betas=betas)
+    moments: tuple[str, ...]
+    average_decay: float | None
+    squares: dict[str, Tensor]
+
+    def start(self, average_decay: float | None) -> None:
+        """Sets what the constructors of torch do not know."""
         self.average_decay = average_decay
-        self.squares: dict[str, Tensor] = dict.fromkeys((group["part"] for group in groups), torch.zeros(()))
+        self.squares = dict.fromkeys((group["part"] for group in self.param_groups), torch.zeros(()))
 
     def prepare(self, parameter: Tensor) -> None:
         """Makes the states of a parameter, or of what ZeRO has put in its place, as before the first step."""
@@ -64,8 +65,8 @@ class AveragingAdamW(torch.optim.AdamW):
         if state:
             return
         state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        for moment in self.moments:
+            state[moment] = torch.zeros_like(parameter, requires_grad=False)
         if self.average_decay is not None:
             state[AVERAGE] = parameter.detach().clone()
 
@@ -85,11 +86,28 @@ class AveragingAdamW(torch.optim.AdamW):
                 self.state[parameter][AVERAGE].lerp_(parameter.detach(), 1.0 - self.average_decay)
 
 
-def optimizer_of(model: MultimodalModel, config: RunConfig) -> AveragingAdamW:
+class AdamW(AveragingOptimizer, torch.optim.AdamW):
+    """torch's AdamW."""
+
+    moments = "exp_avg", "exp_avg_sq"
+
+
+class SGD(AveragingOptimizer, torch.optim.SGD):
+    """torch's SGD; a momentum that starts from zero is the same as one that starts with the first gradient."""
+
+    moments = ("momentum_buffer",)
+
+
+def optimizer_of(model: MultimodalModel, config: RunConfig) -> AveragingOptimizer:
     """The optimizer of a run."""
-    train = config.train
-    decay = train.ema_decay if train.ema_samples else None
-    return AveragingAdamW(parameter_groups(model, config), train.betas, decay)
+    train, groups = config.train, parameter_groups(model, config)
+    optimizer: AveragingOptimizer
+    if train.optimizer == "sgd":
+        optimizer = SGD(groups, momentum=train.betas[0], nesterov=True)
+    else:
+        optimizer = AdamW(groups, betas=train.betas)
+    optimizer.start(train.ema_decay if train.ema_samples else None)
+    return optimizer
 
 
 def lr_factor(samples: int, train: TrainConfig) -> float:

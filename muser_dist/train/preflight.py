@@ -68,6 +68,11 @@ def check_paths(config: RunConfig) -> None:
         return
     paths = [(f"data.{source.name}", path) for source in config.data.training_sources() for path in source.shards]
     paths += [("data.val", path) for path in config.data.val]
+    paths += [
+        (f"model.{name}.weights", tower.weights)
+        for name, tower in config.model.towers().items()
+        if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
+    ]
     paths += [("train.checkpoint-storage", config.train.checkpoint_storage)] if config.train.checkpoint_storage else []
     for setting, path in [*paths, ("storage", config.storage)]:
         if "://" not in path and not Path(path).is_absolute():

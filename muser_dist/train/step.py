@@ -7,7 +7,7 @@ Without train.cache_gradients the activations of all chunks are kept, and each i
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,13 +20,13 @@ from muser_dist.config import Modality, RunConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.models.batch_norm import update_running_statistics
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
-from muser_dist.objectives.collectives import sum_over_ranks
+from muser_dist.objectives.collectives import sum_over_ranks, world
 from muser_dist.train.engine import Engine
+
+_OF_LOGITS = ("scale", "bias")
 
 TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
 """Arrays of a chunk that towers may read."""
-
-_OF_LOGITS = ("scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,22 @@ def train_step(
     cached = config.train.cache_gradients and len(chunks) > 1
     with torch.set_grad_enabled(not cached), record_function("encode"):
         encoded = [engine.encode(tensors, moment) for tensors, moment in _inputs(chunks, engine.device)]
-    logits = {name: encoded[-1][name] for name in _OF_LOGITS if name in encoded[-1]}
-    features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1] if name not in logits}
+    modalities = config.model.towers()
+    features: dict[str, Tensor] = {name: torch.cat([part[name] for part in encoded]) for name in modalities}
+    shared = {name: value for name, value in encoded[-1].items() if name not in modalities}  # by all chunks
     if cached:
-        for leaf in (*features.values(), *logits.values()):
+        for leaf in (*features.values(), *shared.values()):
             leaf.requires_grad_()
+    auxiliary = {name: value for name, value in shared.items() if name not in _OF_LOGITS}
+    logits = Logits(shared["scale"], shared.get("bias"))
     with record_function("objective"):
-        loss = objective(features, Logits(**logits), batch, config.objective)
+        loss = add_auxiliary(objective(features, logits, batch, config.objective), auxiliary)
     with record_function("backward"):
         if not cached:
             engine.backward(loss.share)
         else:
             loss.share.backward()
-            _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | logits).items()})
+            _replay(engine, chunks, {name: leaf.grad for name, leaf in (features | shared).items()}, shared)
     most = config.train.max_loss
     applied = not (most and sum_over_ranks(loss.share).item() > most)
     with record_function("update"):
@@ -112,14 +115,30 @@ def train_step(
             update_running_statistics(engine.model)
     return Step(
         Loss(loss.share.detach(), loss.metrics),
-        Logits(**{name: value.detach() for name, value in logits.items()}),
+        Logits(logits.scale.detach(), None if logits.bias is None else logits.bias.detach()),
         {name: value.detach() for name, value in features.items()},
         batch,
         applied,
     )
 
 
-def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tensor | None]) -> None:
+def add_auxiliary(loss: Loss, losses: dict[str, Tensor]) -> Loss:
+    """The loss with those of towers, which depend on parameters alone: each rank adds its share of 1/W.
+
+    Returns:
+        "loss" with them, and each as "loss/MODALITY/NAME".
+    """
+    if not losses:
+        return loss
+    shares = {f"loss/{name}": value / world()[1] for name, value in losses.items()}
+    added = torch.stack(list(shares.values())).sum()
+    told = {name: share.detach() for name, share in shares.items()}
+    return Loss(loss.share + added, loss.metrics | {"loss": loss.metrics["loss"] + added.detach()} | told)
+
+
+def _replay(
+    engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tensor | None], shared: Collection[str]
+) -> None:
     """Encodes each chunk again, and takes the gradients of its outputs back to the parameters."""
     start = 0
     for number, (tensors, moment) in enumerate(_inputs(chunks, engine.device)):
@@ -129,7 +148,7 @@ def _replay(engine: Engine, chunks: list[DeviceChunk], gradients: dict[str, Tens
         for name, gradient in gradients.items():
             if gradient is None:  # a modality that no pair names
                 part = part + 0.0 * outputs[name].sum()
-            elif name in _OF_LOGITS:  # all chunks have the same
+            elif name in shared:  # all chunks have the same
                 part = part + (outputs[name] * gradient).sum() / len(chunks)
             else:
                 part = part + (outputs[name] * gradient[rows]).sum()

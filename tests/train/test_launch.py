@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserErro
 from muser_dist.recipes import load_recipe
 from muser_dist.train.launch import pretrain
 from muser_dist.train.preflight import check_paths, load_index, prepare_folder
+from tests.models.test_frozen import with_towers
 from tests.object_store import object_store, storage_options
 from tests.shardmaker import write_shards
 from tests.small import LOCAL, small_config
@@ -128,6 +130,11 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
     absolute = replace(config, data=replace(config.data, train=("/data/train-*.tar",)))
     check_paths(absolute)
     check_paths(replace(absolute, train=replace(config.train, checkpoint_storage="s3://bucket/checkpoints")))
+    monkeypatch.chdir(ROOT)
+    for weights, local in (("tests", True), ("bert-base-uncased", False)):  # a name on the hub is no path
+        named = with_towers(absolute, text={"weights": weights})
+        with pytest.raises(ConfigError, match=r"model\.text\.weights: 'tests' is a rel") if local else nullcontext():
+            check_paths(named)
     with pytest.raises(ConfigError, match=r"train\.checkpoint-storage: 'saved' is a relative path"):
         check_paths(replace(absolute, train=replace(config.train, checkpoint_storage="saved")))
     with pytest.raises(ConfigError, match=r"storage: 'runs' is a relative path"):
