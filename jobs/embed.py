@@ -5,6 +5,7 @@ same command again makes only the parts that are missing. It runs on this machin
 RAY_ADDRESS names, every node of which must see the model and the files.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def job(arguments: list[str]) -> None:
         "--folder: files have no metadata and no text; make shards of them (jobs/make_shards.py table), or leave "
         "--fields and text out",
     )
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        for name, path in (("MODEL", options.model), ("--out", options.out), ("--folder", options.folder)):
+            require(
+                path is None or path.is_absolute(),
+                f"{name} {path} is a relative path, which in a submitted job means a temporary copy of your working "
+                "directory; give an absolute path that every node sees",
+            )
     from muser_dist import Muser  # after the options: importing torch takes seconds
     from muser_dist.data.rows import FileReader, RowReader, index_files
     from muser_dist.data.shards import index_shards
