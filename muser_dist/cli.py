@@ -32,18 +32,30 @@ def main(job: Callable[[list[str]], None]) -> None:
 
 
 class Progress:
-    """Shows on stderr how many of the pieces are there, and the time that the others will take."""
+    """Shows on stderr how many of the pieces are there, how fast they come, and the time that the others will take.
 
-    def __init__(self, unit: str) -> None:
+    Args:
+        unit: what they are.
+        every: seconds between two lines, but for the first and the last.
+    """
+
+    def __init__(self, unit: str, every: float = 0.0) -> None:
         self.unit = unit
+        self.every = every
         self.started: float | None = None
+        self.shown = 0.0
         self.kept = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self.started is None:  # what an earlier run made says nothing about the speed
             self.started, self.kept = now, done
+        elif done < total and now - self.shown < self.every:
+            return
+        self.shown = now
         line = f"{done:,} of {total:,} {self.unit}"
+        if self.kept < done and now > self.started:
+            line += f", {(done - self.kept) / (now - self.started):,.1f} a second"
         if self.kept < done < total:
             line += f", {(now - self.started) * (total - done) / (done - self.kept):.0f} s left"
         if sys.stderr.isatty():

@@ -1,27 +1,40 @@
 """Muser: a trained model in use. Needs neither Ray nor DeepSpeed."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from muser_dist.config import Modality, RunConfig, from_dict, to_dict
-from muser_dist.data.audio import decode, to_int16
+from muser_dist.data.audio import decode, read_blocks, to_int16
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
-from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.data.windows import Windows, cut_windows
+from muser_dist.errors import CheckpointError, ConfigError, DataError, require
+from muser_dist.evaluate.retrieval import unit_rows
 from muser_dist.files import write_whole
 from muser_dist.models.huggingface import self_contained
 from muser_dist.models.model import MultimodalModel
 
+if TYPE_CHECKING:
+    from muser_dist.search import Hit, Index
+
 FORMAT = 3
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+
+# Windows that a tower gets at a time, and not a training chunk's hundreds: a laptop must hold what they need.
+_MOST_WINDOWS = 32
+
+_T = TypeVar("_T")
 
 Clip = str | Path | bytes | np.ndarray
 """A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
@@ -34,10 +47,13 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = replace(config.data, train=(), val=(), sources=(), storage_options="", cache_folder="")
-    content = {"format": FORMAT, "config": to_dict(replace(self_contained(config), storage="", data=data))}
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / _TOKENIZER)
+    if Path(data.tokenizer).is_dir():  # it is in the folder; what others were called here is nobody's business
+        data = replace(data, tokenizer=_TOKENIZER)
+    train = replace(config.train, checkpoint_storage="")
+    content = {"format": FORMAT, "config": to_dict(replace(self_contained(config), storage="", data=data, train=train))}
     temporary = folder / f"{_WEIGHTS}.part"
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
     temporary.replace(folder / _WEIGHTS)
@@ -100,36 +116,64 @@ class Muser:
         """What the model can encode."""
         return tuple(self.config.model.towers())
 
-    def encode_audio(self, clips: Sequence[Clip], sample_rate: int | None = None) -> np.ndarray:
-        """Embeds clips with the waveform tower.
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the model.safetensors that holds these weights: which model this is."""
+        weights = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
+        return hashlib.sha256(save(weights)).hexdigest()
+
+    def encode_audio(
+        self,
+        clips: Sequence[Clip],
+        sample_rate: int | None = None,
+        *,
+        windows: Windows = "all",
+        hop_seconds: float | None = None,
+    ) -> np.ndarray:
+        """Embeds clips, of seconds or whole songs, with the waveform tower.
+
+        A tower hears `config.data.crop_seconds` at a time. A longer clip is cut into windows of that length, one every
+        `hop_seconds` and a last one that ends with the clip; silent ones are left out. Its embedding is the mean of
+        the windows' embeddings of unit length, made unit length: training compares directions only, so a window's
+        length before that says nothing about its worth. Clips are decoded bit by bit and windows of several clips
+        encoded together, so that memory holds a batch of windows, however long a song is.
 
         Args:
-            clips: paths, bytes of encoded files, or waveforms. Of longer clips the middle
-                `config.data.crop_seconds` are heard.
+            clips: paths, bytes of encoded files, or waveforms.
             sample_rate: Hz of clips given as waveforms; the model's own rate by default.
+            windows: "all", or of longer clips only the "middle" crop, as evaluation hears them.
+            hop_seconds: from a window's begin to the next one's; `config.data.crop_seconds` by default.
 
         Returns:
             (len(clips), dim) float32 of unit length.
 
         Raises:
-            DataError: a clip cannot be decoded, is empty, silent or not finite; the message says which.
+            DataError: a clip cannot be decoded, is empty, silent, not finite or longer than four hours; the message
+                says which.
         """
-        return self._encode_clips("audio", clips, sample_rate)
+        return self._encode_clips("audio", clips, sample_rate, windows, hop_seconds)
 
-    def encode_spectrogram(self, clips: Sequence[Clip], sample_rate: int | None = None) -> np.ndarray:
+    def encode_spectrogram(
+        self,
+        clips: Sequence[Clip],
+        sample_rate: int | None = None,
+        *,
+        windows: Windows = "all",
+        hop_seconds: float | None = None,
+    ) -> np.ndarray:
         """Embeds clips with the spectrogram tower; as `encode_audio`."""
-        return self._encode_clips("spectrogram", clips, sample_rate)
+        return self._encode_clips("spectrogram", clips, sample_rate, windows, hop_seconds)
 
     def encode_text(self, sentences: Sequence[str]) -> np.ndarray:
         """Embeds sentences: (len(sentences), dim) float32 of unit length."""
         if isinstance(sentences, str):
             raise TypeError("encode_text takes a list of sentences; wrap the one you have in [ ]")
 
-        def tensors(part: Sequence[str]) -> dict[str, np.ndarray]:
-            ids, lengths = self._tokenizer(list(part))
-            return {"text_ids": ids, "text_length": lengths}
-
-        return self._encode("text", sentences, tensors)
+        parts = [np.zeros((0, self.dim), np.float32)]
+        for part in _batches(sentences, self.config.train.chunk):
+            ids, lengths = self._tokenizer(part)
+            parts.append(self._forward("text", {"text_ids": ids, "text_length": lengths})[0])
+        return np.concatenate(parts)
 
     def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
@@ -141,37 +185,91 @@ class Muser:
         names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
         return self._forward(modality, {name: chunk[name] for name in names})
 
-    def _encode_clips(self, modality: Modality, clips: Sequence[Clip], sample_rate: int | None) -> np.ndarray:
+    def search(self, query: "str | Clip", index: "Index", k: int = 10, modality: Modality | None = None) -> "list[Hit]":
+        """The rows of an index that are nearest to a query by cosine.
+
+        Args:
+            query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
+                were; or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
+            index: `Index.open` of a folder that jobs/embed.py made with this model.
+            k: most rows.
+            modality: whose embeddings are searched; the index's first by default.
+
+        Returns:
+            the best first; rows with equal scores in the order of their keys.
+
+        Raises:
+            DataError: the index was made with another model, or is not of this modality; or as `encode_audio`.
+        """
+        index.check_model(self.sha256)
+        manifest = index.manifest
+        modality = modality or index.modalities[0]
+        if isinstance(query, np.ndarray) and query.shape == (self.dim,):
+            embedding = query
+        elif isinstance(query, str) and not Path(query).is_file():
+            embedding = self.encode_text([query])[0]
+        else:
+            heard = next(name for name in (modality, *self.modalities) if name != "text")
+            (embedding,) = self._encode_clips(heard, [query], None, manifest.windows, manifest.hop_seconds)
+        (hits,) = index.search(embedding[None], k, modality)
+        return hits
+
+    def _encode_clips(
+        self,
+        modality: Modality,
+        clips: Sequence[Clip],
+        sample_rate: int | None,
+        windows: Windows,
+        hop_seconds: float | None,
+    ) -> np.ndarray:
         if isinstance(clips, (str, Path, bytes, np.ndarray)):
             raise TypeError(f"encode_{modality} takes a list of clips; wrap the one you have in [ ]")
+        hop = self.config.data.crop_seconds if hop_seconds is None else hop_seconds
+        require(hop > 0, f"hop_seconds is {hop}; windows must move on")
+        sums = np.zeros((len(clips), self.dim))
+        heard = (
+            (number, *window)
+            for number, clip in enumerate(clips)
+            for window in self._hear(clip, sample_rate, windows, hop)
+        )
+        for part in _batches(heard, self.window_batch):
+            numbers, waveforms, lengths = zip(*part, strict=True)
+            arrays = {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
+            np.add.at(sums, list(numbers), self._forward(modality, arrays)[0])
+        return unit_rows(sums, "the clips' embeddings").astype(np.float32)
 
-        def tensors(part: Sequence[Clip]) -> dict[str, np.ndarray]:
-            waveforms, lengths = zip(*(self._hear(clip, sample_rate) for clip in part), strict=True)
-            return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
-
-        return self._encode(modality, clips, tensors)
-
-    def _hear(self, clip: Clip, sample_rate: int | None) -> tuple[np.ndarray, int]:
+    def _hear(
+        self, clip: Clip, sample_rate: int | None, windows: Windows, hop_seconds: float
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """The windows of a clip that are heard: (samples,) int16, and samples before the padding."""
         data = self.config.data
         try:
             if isinstance(clip, np.ndarray):
                 rate = sample_rate or data.sample_rate
-                wanted = round(data.crop_seconds * rate)
-                start = max(0, len(clip) - wanted) // 2
-                return to_int16(clip[start : start + wanted].astype(np.float32), rate, data)
-            return decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), data, position=0.5)
+                waveform = clip.astype(np.float32, copy=False)
+                if windows == "all":
+                    yield from cut_windows([(waveform, rate)], data, hop_seconds)
+                else:
+                    wanted = round(data.crop_seconds * rate)
+                    start = max(0, len(clip) - wanted) // 2
+                    yield to_int16(waveform[start : start + wanted], rate, data)
+            elif windows == "middle":
+                yield decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), data, position=0.5)
+            elif isinstance(clip, bytes):
+                yield from cut_windows(read_blocks(clip), data, hop_seconds)
+            else:
+                with Path(clip).open("rb") as file:
+                    yield from cut_windows(read_blocks(file), data, hop_seconds)
         except FileNotFoundError:
             raise DataError(f"{clip!s}: there is no such file") from None
         except DataError as error:
             name = str(clip) if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
             raise DataError(f"{name}: {error}") from None
 
-    def _encode(
-        self, modality: Modality, items: Sequence[Any], tensors: Callable[[Any], dict[str, np.ndarray]]
-    ) -> np.ndarray:
-        size = self.config.train.chunk
-        parts = [self._forward(modality, tensors(items[i : i + size]))[0] for i in range(0, len(items), size)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+    @property
+    def window_batch(self) -> int:
+        """Windows that a tower gets at a time."""
+        return min(self.config.train.chunk, _MOST_WINDOWS)
 
     def _forward(self, modality: Modality, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if modality not in self.modalities:
@@ -180,3 +278,9 @@ class Muser:
         with torch.inference_mode():
             joint, features = self.model.encode_with_features(modality, batch)
             return torch.nn.functional.normalize(joint, dim=1).cpu().numpy(), features.float().cpu().numpy()
+
+
+def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,4 +1,5 @@
-"""What pages tell a user to do: the commands of docs/data.md, in order, in a folder with music; options of all."""
+"""What pages tell a user to do: the commands of docs/data.md and docs/muser.md, in order, in a folder with music;
+options of all."""
 
 import csv
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 
@@ -16,6 +18,7 @@ from tests.shardmaker import INSTRUMENTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "data.md"
+MUSER = ROOT / "docs" / "muser.md"
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +46,30 @@ def make_music(folder: Path) -> None:
         csv.writer(file).writerows(rows)
 
 
+def run_blocks(page: str, folder: Path, address: str) -> None:
+    """Runs a page's blocks of bash and Python beside its corpora."""
+    (folder / "jobs").symlink_to(ROOT / "jobs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
+        done = subprocess.run(
+            ["bash", "-euc", block] if language == "bash" else [sys.executable, "-c", block],
+            cwd=folder,
+            env={**os.environ, "PATH": path, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_page(address, tmp_path):
     make_music(tmp_path / "music")
     for name in ("gtzan", "fma", "magnatagatune", "jamendo"):
         LAYOUTS[name].make(tmp_path / name)
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     (mix,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "mix.json").write_text(mix)
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
-    for block in blocks:
-        done = subprocess.run(
-            ["bash", "-euc", block],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    run_blocks(PAGE.read_text(), tmp_path, address)
     index = json.loads((tmp_path / "shards" / "muser-index.json").read_text())
     assert index["rows"] == {"train-00000.tar": 52, "val-00000.tar": 12}
     assert (tmp_path / "shards" / "skipped.jsonl").read_text() == ""
@@ -73,6 +80,32 @@ def test_the_commands_of_the_page(address, tmp_path):
     assert (run / "report.html").exists() and (run / "model" / "model.safetensors").exists()
     assert (run / "quarantine.jsonl").read_text() == ""
     assert {"genre", "instrument"} <= set(json.loads((run / "evaluation.json").read_text())["zero_shot"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_commands_of_the_page_on_muser(address, tmp_path):
+    for name in ("gtzan", "fma", "magnatagatune"):
+        LAYOUTS[name].make(tmp_path / name)
+    (trial,) = re.findall(r"add\n`(--train\.samples [^`]*)`", MUSER.read_text())
+    page = re.sub(r"pretrain\.py muser ", f"pretrain.py tiny {trial} ", MUSER.read_text())
+    run_blocks(page, tmp_path, address)
+    for folder, rows in (("gtzan-embeddings", 14), ("gtzan-files", 17)):
+        parts = sorted((tmp_path / folder).glob("part-*.parquet"))
+        assert sum(pq.read_table(part).num_rows for part in parts) == rows
+        assert (tmp_path / folder / "quarantine.jsonl").read_text() == ""
+    assert "| train | 1 | 1 | 9 |" in (tmp_path / "gtzan-muser" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("job", ["embed", "search", "export"])
+def test_every_option_of_the_page_on_muser_exists(job):
+    commands = re.findall(rf"python jobs/{job}\.py((?:\\\n|[^\n`])*)", MUSER.read_text())
+    assert commands
+    done = subprocess.run(
+        [sys.executable, f"jobs/{job}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for option in re.findall(r"(?<!\S)--[\w.-]+", " ".join(commands)):
+        assert option in done.stdout, f"{job} has no {option}"
 
 
 @pytest.mark.parametrize("page", [PAGE, PAGE.with_name("evaluation.md")], ids=lambda page: page.name)

@@ -1,5 +1,6 @@
 """The library in use: loading an exported model, encoding, and what goes wrong there."""
 
+import hashlib
 import json
 import shutil
 
@@ -150,3 +151,24 @@ def test_evaluation_of_rows_that_cannot_be_used(muser, tmp_path):
     config = small_config(data={"templates": ("{composer}",)})
     with pytest.raises(DataError, match=r"none of 3 rows can be used; the first says: no text"):
         evaluate(muser, config, index, LOCAL)
+
+
+def test_a_whole_song_is_the_mean_of_its_windows(muser):
+    song = np.concatenate([tone(i, 0.5, 8000) for i in range(5)] + [tone(9, 0.2, 8000)])
+    windows = [song[i : i + 4000] for i in range(0, 20_000, 4000)] + [song[-4000:]]
+    for hop, expected in ((None, windows), (1.0, [*windows[::2], windows[-1]])):
+        mean = muser.encode_audio(expected).mean(axis=0)
+        np.testing.assert_allclose(
+            muser.encode_audio([song], hop_seconds=hop)[0], mean / np.linalg.norm(mean), atol=1e-5
+        )
+    middle = muser.encode_audio([song], windows="middle")
+    np.testing.assert_allclose(middle, muser.encode_audio([song[8800:12_800]]), atol=1e-5)
+    together = muser.encode_audio([windows[0], song, encode(song, 8000), windows[1]])
+    for one, alone in zip(together, [windows[0], song, song, windows[1]], strict=True):
+        np.testing.assert_allclose(one, muser.encode_audio([alone])[0], atol=1e-3)
+    with pytest.raises(ConfigError, match="windows must move on"):
+        muser.encode_audio([song], hop_seconds=0.0)
+
+
+def test_the_hash_of_a_model_is_that_of_its_weights_file(folder, muser):
+    assert muser.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -1,8 +1,8 @@
 """Encoded audio to an int16 mono crop at the run's sample rate."""
 
 import io
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import av
 import av.container
@@ -32,7 +32,14 @@ _RUN_UP = 0.25
 # What libsndfile and FFmpeg say of lengths that nobody knows is negative or beyond this.
 _LONGEST_FRAMES = 1 << 62
 
+# Frames of a block of a clip that is decoded from its head to its end.
+_BLOCK_FRAMES = 1 << 16
+
 _T = TypeVar("_T")
+
+
+class Silence(DataError):
+    """Every sample of a crop is zero."""
 
 
 def decode(data: bytes, config: DataConfig, position: float, seed: int | None = None) -> tuple[np.ndarray, int]:
@@ -84,7 +91,7 @@ def to_int16(waveform: np.ndarray, rate: int, config: DataConfig, seed: int | No
     if config.pad == "repeat" and len(mono):
         mono = np.resize(mono, samples)
     if np.abs(mono).max(initial=0.0) * 32767.0 <= 0.5:
-        raise DataError("silent: every sample of the crop is zero")
+        raise Silence("silent: every sample of the crop is zero")
     if seed is not None and config.augment.any:
         mono = augment(mono, config.sample_rate, config.augment, np.random.default_rng(seed))
     result = np.zeros(samples, np.int16)
@@ -115,6 +122,41 @@ def probe(data: bytes) -> tuple[int, int, float]:
     return _open(data, with_libsndfile, with_ffmpeg)
 
 
+def read_blocks(source: bytes | BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
+    """Decodes a clip from its head to its end, a block at a time: (frames,) or (frames, channels) float32 and the rate.
+
+    Args:
+        source: the encoded file, or its bytes.
+
+    Raises:
+        DataError: neither library can decode it, or it is longer than MAX_SECONDS.
+    """
+
+    def with_libsndfile(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
+        while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+            yield block, file.samplerate
+
+    def with_ffmpeg(container: av.container.InputContainer) -> Iterator[tuple[np.ndarray, int]]:
+        stream = container.streams.audio[0]
+        _check(stream.rate, stream.channels)
+        mono = av.AudioResampler(format="flt", layout="mono", rate=stream.rate)
+        waiting: list[np.ndarray] = []
+        for frame in container.decode(stream):
+            waiting.extend(out.to_ndarray()[0] for out in mono.resample(frame))
+            if sum(map(len, waiting)) >= _BLOCK_FRAMES:
+                yield np.concatenate(waiting), stream.rate
+                waiting = []
+        if waiting:
+            yield np.concatenate(waiting), stream.rate
+
+    frames = 0
+    for block, rate in _each(source, with_libsndfile, with_ffmpeg):
+        frames += len(block)
+        if frames > MAX_SECONDS * rate:
+            raise DataError(f"is longer than {MAX_SECONDS / 3600:g} hours; cut it, or hear its middle alone")
+        yield block, rate
+
+
 def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
     """Decodes the crop alone where the format can seek: (frames, channels) float32 and the rate."""
 
@@ -132,19 +174,37 @@ def _open(
     with_ffmpeg: Callable[[av.container.InputContainer], _T],
 ) -> _T:
     """What is read from a file by libsndfile, or by FFmpeg where libsndfile cannot."""
-    if not data:
+    return next(_each(data, lambda file: iter([with_libsndfile(file)]), lambda file: iter([with_ffmpeg(file)])))
+
+
+def _each(
+    source: bytes | BinaryIO,
+    with_libsndfile: Callable[[soundfile.SoundFile], Iterator[_T]],
+    with_ffmpeg: Callable[[av.container.InputContainer], Iterator[_T]],
+) -> Iterator[_T]:
+    """What is read from a file bit by bit by libsndfile, or by FFmpeg where libsndfile cannot give the first bit."""
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    if stream.seek(0, io.SEEK_END) == 0:
         raise DataError("empty: the member has no bytes")
+    stream.seek(0)
+    begun = False
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(stream) as file:
             _check(file.samplerate, file.channels)
-            return with_libsndfile(file)
+            for part in with_libsndfile(file):
+                begun = True
+                yield part
+        return
     except soundfile.LibsndfileError as error:
         reason = error.error_string
+        if begun:
+            raise DataError(f"cannot be decoded to its end ({reason})") from None
+    stream.seek(0)
     # Only containers of sound: a playlist would make FFmpeg open what it names.
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with av.open(io.BytesIO(data), mode="r", container_options=options) as container:
-            return with_ffmpeg(container)
+        with av.open(stream, mode="r", container_options=options) as container:
+            yield from with_ffmpeg(container)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise DataError(f"cannot be decoded ({reason} {getattr(error, 'strerror', error)}.)") from None
 

@@ -15,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from io import FileIO
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from pydantic import TypeAdapter
 from muser_dist.data import audio
 from muser_dist.data.config import DataConfig
 from muser_dist.data.tar import Stored
+from muser_dist.data.windows import cut_windows
 from muser_dist.errors import DataError
 
 SECONDS = 60.0
@@ -52,7 +54,8 @@ _TOGETHER = 16
 and its own work takes four times as long."""
 
 _Request = tuple[Stored, list[Any]]
-"""A member, and position and seed of a crop; without those, what its headers say is asked for."""
+"""A member, and position and seed of a crop; or the hop between the windows of the whole clip, which are then
+answered `_TOGETHER` at a time; or nothing, and what its headers say is asked for."""
 
 
 class _Died(Exception):
@@ -96,6 +99,51 @@ class Decoder:
         answers = self._ask([(sound, [position, seed]) for sound, position, seed in crops.values()], into, rows)
         lengths = (answer if isinstance(answer, DataError) else answer[0] for answer in answers)
         return dict(zip(rows, lengths, strict=True))
+
+    def windows(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+        """`windows.cut_windows` of a whole member with this decoder's config; some windows are held at a time.
+
+        Args:
+            sound: the member.
+            hop_seconds: from a window's begin to the next one's.
+
+        Raises:
+            DataError: as there, or what `decode` returns; windows may have been given before.
+        """
+        given, death = 0, None
+        for _ in range(2):  # once more: memory may have been short for another reason
+            try:
+                for window in islice(self._stream(sound, hop_seconds), given, None):
+                    given += 1
+                    yield window
+                return
+            except _Died as error:
+                death = error
+        raise DataError(f"its decoder died twice ({death})")
+
+    def _stream(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+        """Windows as the child makes them, which goes on when it is told so.
+
+        Raises:
+            _Died, DataError: as `_ask_together`, or the child's error.
+        """
+        self._ask_together([(sound, [hop_seconds])])
+        while True:
+            done = int(self._shared["done"][0])
+            lengths, waveforms = self._shared["length"][:done].tolist(), self._shared["crop"][:done].copy()
+            error = self._shared["text"][done - 1].decode(errors="replace") if -1 in lengths else None
+            ended = error is not None or done < _TOGETHER
+            try:
+                yield from zip(waveforms[: done - (error is not None)], lengths, strict=False)
+            except GeneratorExit:
+                if not ended:  # the child waits to be told to go on
+                    self.close()
+                raise
+            if error is not None:
+                raise DataError(error)
+            if ended:
+                return
+            self._exchange(b".", [])
 
     def probe(self, sound: Stored) -> tuple[int, int, float]:
         """`audio.probe`.
@@ -142,15 +190,19 @@ class Decoder:
             _Died: the child is dead; it has answered as many as it says.
             DataError: the next of those is not answered in time.
         """
+        # Text, never pickles: the child has touched what comes from outside.
+        text = json.dumps([(sound.offset, sound.size, *crop) for sound, crop in requests])
+        self._exchange(text.encode(), [sound.file for sound, _ in requests])
+
+    def _exchange(self, message: bytes, files: list[int]) -> None:
+        """Sends a message and waits for the answers; errors as of `_ask_together`."""
         self._shared["done"][:] = 0
         if self._socket is None:
             self._start()
         assert self._socket is not None
         self._socket.settimeout(SECONDS)
-        # Text, never pickles: the child has touched what comes from outside.
-        text = json.dumps([(sound.offset, sound.size, *crop) for sound, crop in requests])
         try:
-            socket.send_fds(self._socket, [text.encode()], [sound.file for sound, _ in requests])
+            socket.send_fds(self._socket, [message], files)
             while not self._finished():
                 pass
         except (EOFError, ConnectionError):
@@ -265,19 +317,49 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
             length, words = 0, ""
             try:
                 data = Stored(file, offset, size).read()
+                if len(crop) == 1:
+                    _serve_windows(requests, shared, data, config, *crop)
+                    break
                 if crop:
                     shared["crop"][i], length = audio.decode(data, config, *crop)
                 else:
                     words = json.dumps(audio.probe(data))
-            except DataError as error:
-                length, words = -1, str(error)
+            except ConnectionError:
+                raise
             except Exception as error:  # whatever it is, one row must not end the run
-                length, words = -1, f"{type(error).__name__}: {error}"
+                length, words = -1, _words(error)
             finally:
                 os.close(file)
             shared["length"][i], shared["text"][i] = length, words.encode(errors="replace")
             shared["done"][0] = i + 1
         requests.send(b".")
+
+
+def _serve_windows(
+    requests: socket.socket, shared: dict[str, np.ndarray], data: bytes, config: DataConfig, hop_seconds: float
+) -> None:
+    """The child: answers with all windows of a clip; as many as fit are told at a time, and fewer are the last."""
+    windows = cut_windows(audio.read_blocks(data), config, hop_seconds)
+    while True:
+        done = 0
+        try:
+            for done, (waveform, length) in enumerate(islice(windows, _TOGETHER), start=1):
+                shared["crop"][done - 1], shared["length"][done - 1] = waveform, length
+                shared["done"][0] = done
+        except Exception as error:  # whatever it is, one row must not end the run
+            shared["length"][done], shared["text"][done] = -1, _words(error).encode(errors="replace")
+            shared["done"][0] = done + 1
+            return
+        if done < _TOGETHER:
+            return
+        signal.alarm(2 * round(SECONDS))
+        requests.send(b".")
+        if not requests.recv(1):
+            raise ConnectionError("the parent is gone")
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
 _REQUEST_BYTES = 256 * _TOGETHER

@@ -23,6 +23,7 @@ from muser_dist.data.text import read_fields
 from muser_dist.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import ray.data
 
 # Most rows of one task. Starting one costs the time of decoding a few rows, and it walks the headers of the
@@ -120,9 +121,7 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
         first_step, steps: first step, and the one after the last.
         slots: chunks that are decoded at a time; more when nodes join.
     """
-    import pyarrow as pa
     import ray
-    from ray.data.extensions import ArrowTensorArray
 
     from muser_dist.data.executor import TaskNumbers, set_context
 
@@ -138,23 +137,31 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
         def __init__(self) -> None:
             keep_freed_memory()  # chunks come and go
 
-        def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        def __call__(self, batch: dict[str, np.ndarray]) -> "Iterator[pa.Table]":
             for task in batch["id"].tolist():
                 start = first + task * at_once
                 for chunk in reader.read(range(start, min(last, start + at_once))):
                     del chunk["fields"], chunk["text"]  # for evaluation only
-                    yield pa.table(
-                        {
-                            name: pa.array([value])
-                            if isinstance(value, list)
-                            else ArrowTensorArray.from_numpy(value[None])
-                            if value.ndim
-                            else pa.array([value.item()])
-                            for name, value in chunk.items()
-                        }
-                    )
+                    yield to_block(chunk)
 
     set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
     pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=slots, max_tasks_in_flight_per_actor=2)
     return TaskNumbers(tasks, slots).dataset().map_batches(Read, batch_size=None, num_cpus=1, compute=pool)
+
+
+def to_block(chunk: Chunk) -> "pa.Table":
+    """A chunk as the one row of an Arrow table."""
+    import pyarrow as pa
+    from ray.data.extensions import ArrowTensorArray
+
+    return pa.table(
+        {
+            name: pa.array([value])
+            if isinstance(value, list)
+            else ArrowTensorArray.from_numpy(value[None])
+            if value.ndim
+            else pa.array([value.item()])
+            for name, value in chunk.items()
+        }
+    )

@@ -6,10 +6,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import numpy as np
+
 from muser_dist.data.audio import EXTENSIONS
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
-from muser_dist.data.tar import Member, Sample, Stored, walk
+from muser_dist.data.tar import MAX_MEMBER_BYTES, Member, Sample, Stored, walk
 from muser_dist.errors import DataError
 
 # Seconds after which a shard that could not be opened is tried again: the network may be back.
@@ -129,6 +131,55 @@ class RowReader:
     def surplus(self, shard: int) -> int:
         """Samples of the shard beyond what the index counts; they are not used."""
         return max(0, len(self._open(self.index.url(shard)).samples) - int(self.index.rows[shard]))
+
+
+class FileReader:
+    """Reads audio files of a folder as rows: each is a shard of one row, keyed by its path in the folder.
+
+    Args:
+        index: the files; see `index_files`.
+        root: the folder.
+    """
+
+    def __init__(self, index: ShardIndex, root: str) -> None:
+        self.index = index
+        self.root = root
+
+    def row(self, shard: int, number: int) -> Row:
+        """A file as a row; what is wrong with it is its `problem`."""
+        path = self.index.url(shard)
+        name = os.fsencode(path).decode(errors="replace")  # Arrow and JSON write no other
+        key = os.path.relpath(name, os.fsencode(self.root).decode(errors="replace"))
+        extension = path.rpartition(".")[2].lower()
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (closed when the row is gone)
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            return Row(name, key, problem=f"cannot be read: {error.strerror or error}")
+        if size > MAX_MEMBER_BYTES:
+            return Row(name, key, problem=f"has {size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
+        return Row(name, key, 0, extension, None, {extension: Member(key, 0, size)}, file)
+
+    def surplus(self, shard: int) -> int:
+        """As of RowReader."""
+        return 0
+
+
+def index_files(root: str) -> ShardIndex:
+    """The audio files in a folder and in the folders in it, by their extensions, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.rpartition(".")[2].lower() in EXTENSIONS and os.path.isfile(os.path.join(folder, name))
+    )
+    if not found:
+        raise DataError(f"{root}: there is no audio file ({', '.join(EXTENSIONS)})")
+    return ShardIndex(found, np.ones(len(found), np.int64), {})
 
 
 _opened: OrderedDict[object, _Shard] = OrderedDict()

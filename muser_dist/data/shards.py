@@ -1,6 +1,7 @@
 """The shards of a source and the number of samples in each."""
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ class ShardIndex:
     """
 
     def __init__(self, urls: "list[str] | tuple[str, ...] | np.ndarray", rows: np.ndarray, problems: dict[str, str]):
-        self._urls = urls if isinstance(urls, np.ndarray) else np.array([url.encode() for url in urls])
+        self._urls = urls if isinstance(urls, np.ndarray) else np.array([os.fsencode(url) for url in urls])
         self.rows = rows
         self.problems = problems
 
@@ -37,12 +38,12 @@ class ShardIndex:
 
     def url(self, shard: int) -> str:
         """Path or URL of a shard."""
-        return self._urls[shard].decode()
+        return os.fsdecode(self._urls[shard])
 
     @property
     def urls(self) -> list[str]:
         """All paths or URLs."""
-        return [url.decode() for url in self._urls]
+        return [os.fsdecode(url) for url in self._urls]
 
     @property
     def total(self) -> int:

@@ -10,12 +10,9 @@ window of a few shards only. In order, a batch would hold one genre, whose clips
 for each other, and the first rows, which evaluation takes, would be no sample of the whole.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import logging
-import os
 import re
 import tarfile
 from collections import Counter
@@ -30,6 +27,7 @@ import ray
 import ray.exceptions
 
 from muser_dist.data.audio import EXTENSIONS
+from muser_dist.data.session import connected
 from muser_dist.data.shards import SIDECAR
 from muser_dist.data.tar import MAX_MEMBER_BYTES, walk
 from muser_dist.errors import ClusterError, DataError
@@ -251,7 +249,7 @@ def _claim(folder: Path, tracks: list[Track], shard_rows: int, seed: int) -> Non
 
 def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tuple[str, list[Track], bool]]:
     """Yields what `_write_shard` returned for each shard, after its name, in the order in which they end."""
-    with _connected():
+    with connected():
         task = ray.remote(_write_shard)
         running = {task.remote(folder / name, tracks): name for name, tracks in shards.items()}
         try:
@@ -268,23 +266,6 @@ def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tupl
         finally:  # after an error or Ctrl-C, a cluster that goes on must not
             for left in running:
                 ray.cancel(left)
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """Ray: the one that this process has joined, that of RAY_ADDRESS, or a new one on this machine."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError:
-        raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _write_shard(path: Path, tracks: list[Track]) -> tuple[list[Track], bool]:

@@ -1,0 +1,107 @@
+"""Embed shards or a folder of audio: `python jobs/embed.py MODEL --shards 'DATA/*.tar' --out embeddings`.
+
+Writes Parquet, a part for every few hundred rows, and quarantine.jsonl with what could not be embedded and why. The
+same command again makes only the parts that are missing. It runs on this machine's cores, or on the Ray cluster that
+RAY_ADDRESS names, every node of which must see the model and the files.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from muser_dist.cli import Progress, main
+from muser_dist.config import Modality
+from muser_dist.data.windows import Windows
+from muser_dist.errors import require
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embeds all rows of shards, or all files of a folder, to Parquet."""
+
+    model: tyro.conf.Positional[Path]
+    """A run's folder, or an exported model's."""
+    out: Path
+    """Folder for the embeddings; made when missing."""
+    shards: tuple[str, ...] = ()
+    """Shards: paths or URLs, with braces and globs."""
+    folder: Path | None = None
+    """In place of shards: a folder of audio files, those of the folders in it too."""
+    modalities: tuple[Modality, ...] = ("audio",)
+    """Which of the model's towers embed each row; text comes from the first template that has something to say."""
+    windows: Windows = "all"
+    """Whole songs, or of those longer than the crop its middle alone, as evaluation hears them."""
+    hop_seconds: float | None = None
+    """From a window's begin to the next one's; the crop's length by default."""
+    fields: tuple[str, ...] = ()
+    """Metadata fields that become columns."""
+    part_rows: int = 512
+    """Rows of a part, which is made anew as a whole when the job was interrupted in it."""
+    gpu: bool = False
+    """Encode on the cluster's GPUs; CPUs decode then."""
+    storage_options: str = ""
+    """JSON file with arguments of fsspec's file systems, as of data.storage_options in training."""
+    cache_folder: str = ""
+    """Folder on each node for copies of remote shards, as of data.cache_folder in training."""
+
+
+def job(arguments: list[str]) -> None:
+    options = tyro.cli(Embed, args=arguments, prog="jobs/embed.py", description=__doc__)
+    require(bool(options.shards) != bool(options.folder), "give --shards or --folder: one of the two")
+    require(options.part_rows >= 1, f"--part-rows is {options.part_rows}; a part holds at least one row")
+    require(options.hop_seconds is None or options.hop_seconds > 0, "--hop-seconds must be positive")
+    require(len(options.modalities) > 0, "--modalities is empty; name at least one")
+    require(
+        not options.folder or not (options.fields or "text" in options.modalities),
+        "--folder: files have no metadata and no text; make shards of them (jobs/make_shards.py table), or leave "
+        "--fields and text out",
+    )
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        for name, path in (("MODEL", options.model), ("--out", options.out), ("--folder", options.folder)):
+            require(
+                path is None or path.is_absolute(),
+                f"{name} {path} is a relative path, which in a submitted job means a temporary copy of your working "
+                "directory; give an absolute path that every node sees",
+            )
+    from muser_dist import Muser  # after the options: importing torch takes seconds
+    from muser_dist.data.rows import FileReader, RowReader, index_files
+    from muser_dist.data.shards import index_shards
+    from muser_dist.data.storage import Storage
+    from muser_dist.embed.job import embed
+    from muser_dist.embed.parts import Manifest, Parts
+    from muser_dist.embed.songs import SongReader, Wanted
+    from muser_dist.train.preflight import provenance
+
+    model = options.model.absolute()  # actors run in other working directories
+    muser = Muser.from_pretrained(model)
+    missing = [name for name in options.modalities if name not in muser.modalities]
+    require(
+        not missing, f"--modalities: the model has no {', '.join(missing)} tower, only {', '.join(muser.modalities)}"
+    )
+    data = replace(muser.config.data, storage_options=options.storage_options, cache_folder=options.cache_folder)
+    rows: FileReader | RowReader
+    if options.folder:
+        root = str(options.folder.absolute())
+        rows = FileReader(index_files(root), root)
+    else:
+        storage = Storage.of(data)
+        rows = RowReader(index_shards(storage, storage.expand(options.shards, "shards"), "shards"), storage)
+    wanted = Wanted(
+        tuple(dict.fromkeys(options.modalities)),
+        options.windows,
+        options.hop_seconds or data.crop_seconds,
+        options.fields,
+    )
+    made_by = provenance(["python", "jobs/embed.py", *arguments])
+    parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, options.part_rows), made_by)
+    parts.claim()
+    embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, Progress("rows", every=2.0))
+    embedded, problems = parts.finish()
+    print(f"{parts.manifest.rows:,} rows: {embedded:,} embedded; {problems:,} entries in {parts.quarantine}")
+    print(f"next: python jobs/search.py {options.out} {options.model} 'a slow waltz'")
+
+
+if __name__ == "__main__":
+    main(job)

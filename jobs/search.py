@@ -1,0 +1,42 @@
+"""Search embeddings: `python jobs/search.py EMBEDDINGS MODEL "a slow waltz"`, or a file in place of the words."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from muser_dist.cli import main
+from muser_dist.config import Modality
+
+
+@dataclass(frozen=True)
+class Search:
+    """Prints the rows that are nearest to a sentence or to a piece of music, the best first."""
+
+    index: tyro.conf.Positional[Path]
+    """Folder that jobs/embed.py has written."""
+    model: tyro.conf.Positional[Path]
+    """The model that made it: a run's folder, or an exported model's."""
+    query: tyro.conf.Positional[str]
+    """A sentence, or the path of an audio file."""
+    k: int = 10
+    """Rows to print."""
+    modality: Modality | None = None
+    """Whose embeddings are searched; the first of the folder's by default."""
+
+
+def job(arguments: list[str]) -> None:
+    options = tyro.cli(Search, args=arguments, prog="jobs/search.py")
+    from muser_dist import Muser  # after the options: importing torch takes seconds
+    from muser_dist.search import Index
+
+    index = Index.open(options.index)
+    hits = Muser.from_pretrained(options.model).search(options.query, index, options.k, options.modality)
+    for hit in hits:
+        fields = "  ".join(f"{name}: {hit.metadata[name]}" for name in index.manifest.fields if hit.metadata[name])
+        line = f"{hit.score:.4f}  {hit.key}  {fields}"
+        print("".join(c if c.isprintable() else "�" for c in line).rstrip())  # names are other people's
+
+
+if __name__ == "__main__":
+    main(job)

@@ -1,0 +1,27 @@
+"""Ray for jobs that start and end with it."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from muser_dist.errors import ClusterError
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Ray: the one that this process has joined, that of RAY_ADDRESS, or a new one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

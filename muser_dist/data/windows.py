@@ -1,0 +1,68 @@
+"""A whole clip as windows of the crop's length."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+
+from muser_dist.data.audio import Silence, to_int16
+from muser_dist.data.config import DataConfig
+from muser_dist.errors import DataError
+
+Windows = Literal["all", "middle"]
+"""What is heard of a clip that is longer than the crop: all of it, or the crop in its middle, as evaluation does."""
+
+
+def cut_windows(
+    blocks: Iterable[tuple[np.ndarray, int]], config: DataConfig, hop_seconds: float
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts a clip into crops, holding little more than one of them at a time.
+
+    A window begins every hop; one more ends where the clip ends, unless another does already, so that all of it is
+    heard and no window but that of a clip shorter than the crop is padded. Each is cut before it is resampled, like
+    the crops of training. Silent windows say nothing and are left out.
+
+    Args:
+        blocks: what `audio.read_blocks` yields, or a waveform as the only block.
+        config: rate and length of the windows, and padding.
+        hop_seconds: from a window's begin to the next one's.
+
+    Yields:
+        waveform (samples,) int16 and the number of samples before the padding with zeros.
+
+    Raises:
+        DataError: the clip is empty, all of it is silent, or a sample is not finite.
+    """
+    silence = None
+    heard = False
+    for window, rate in _cut(blocks, config.crop_seconds, hop_seconds):
+        try:
+            crop = to_int16(window, rate, config)
+        except Silence as error:
+            silence = error
+            continue
+        heard = True
+        yield crop
+    if not heard:
+        raise silence or DataError("empty: no samples")
+
+
+def _cut(
+    blocks: Iterable[tuple[np.ndarray, int]], seconds: float, hop_seconds: float
+) -> Iterator[tuple[np.ndarray, int]]:
+    held = np.zeros(0, np.float32)
+    first = 0  # number of the first frame in `held`
+    begin = end = 0  # of the next window; of the last one
+    rate = 1
+    for block, rate in blocks:
+        wanted, hop = round(seconds * rate), max(1, round(hop_seconds * rate))
+        held = np.concatenate([held, block]) if len(held) else block
+        while begin + wanted <= first + len(held):
+            yield held[begin - first : begin - first + wanted], rate
+            end = begin + wanted
+            begin += hop
+        # What the next window needs, and what the last one may.
+        needed = max(first, min(begin, first + len(held) - wanted))
+        held, first = held[needed - first :], needed
+    if first + len(held) > end:
+        yield held[-wanted:], rate

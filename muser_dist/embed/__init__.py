@@ -1,0 +1,1 @@
+"""Batch inference: the embeddings of all rows of shards, or of all files of a folder, as Parquet."""

@@ -1,0 +1,202 @@
+"""Rows of shards, or files, as batches of windows, and the windows' embeddings: plain Python, which Ray calls.
+
+A task is a range of rows. Its windows come in batches of a fixed number of rows each, dicts of arrays:
+
+    first, stop      int64 ()            the rows of the task
+    batch            int64 ()            number of the batch in the task
+    row              int64 (c,)          row of each window; -1 is padding
+    audio            int16 (c, samples)
+    audio_length     int32 (c,)          samples before the padding
+    about            str                 "" but in the task's last batch: JSON, {"rows": [...], "problems": [...]}
+
+A row there has "row", "key", "shard", "windows" (how many were made of it, 0 where it was not heard), "text" (its
+sentence or None) and "fields"; a problem is an entry of the quarantine.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from muser_dist.config import Modality
+from muser_dist.data.chunks import Chunk
+from muser_dist.data.config import DataConfig
+from muser_dist.data.decoder import Crop, decoder
+from muser_dist.data.rows import FileReader, Row, RowReader
+from muser_dist.data.tar import Stored
+from muser_dist.data.text import TextPolicy, flat, read_fields
+from muser_dist.data.windows import Windows
+from muser_dist.errors import DataError
+from muser_dist.muser import Muser
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is embedded of each row.
+
+    Attributes:
+        modalities: of the model's.
+        windows: whether whole clips are heard or their middle, as of `Muser.encode_audio`.
+        hop_seconds: from a window's begin to the next one's.
+        fields: metadata fields that are copied, as text.
+    """
+
+    modalities: tuple[Modality, ...]
+    windows: Windows
+    hop_seconds: float
+    fields: tuple[str, ...]
+
+    @property
+    def heard(self) -> tuple[Modality, ...]:
+        """The modalities that are made of sound."""
+        return tuple(name for name in self.modalities if name != "text")
+
+
+class SongReader:
+    """Reads tasks.
+
+    Args:
+        rows: reads single rows.
+        data: how clips and texts are treated.
+        wanted: what is read of each.
+        batch: windows in a batch (c).
+    """
+
+    def __init__(self, rows: RowReader | FileReader, data: DataConfig, wanted: Wanted, batch: int) -> None:
+        self.rows = rows
+        self.data = data
+        self.wanted = wanted
+        self.batch = batch
+        self._first = np.concatenate([[0], np.cumsum(rows.index.rows)])
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of a batch."""
+        return 2 * self.batch * self.data.crop_samples
+
+    def read(self, first: int, stop: int) -> Iterator[Chunk]:
+        """Yields the batches of a task, the rows first <= r < stop."""
+        told: dict[int, dict[str, Any]] = {}
+        problems: list[dict[str, Any]] = []
+        sounds: dict[int, Stored] = {}
+        kept: list[Row] = []  # their files stay open as long as they are there
+
+        def report(number: int, row: Row, member: str, reason: object, **fields: Any) -> None:
+            place = {"row": number, "shard": row.shard, "key": row.key}
+            problems.append(place | {"member": member, "reason": str(reason), "count": 1} | fields)
+
+        for number in range(first, stop):
+            row = self._row(number, report)
+            kept.append(row)
+            if row.problem is not None:
+                report(number, row, "", row.problem)
+                continue
+            told[number] = {"row": number, "key": row.key, "shard": row.shard, "windows": 0}
+            told[number] |= self._read_text(number, row, report)
+            if self.wanted.heard:
+                try:
+                    sounds[number] = row.sound()
+                except DataError as error:
+                    report(number, row, "", error)
+
+        def unheard(number: int, error: DataError) -> None:
+            told[number]["windows"] = 0
+            row = kept[number - first]
+            report(number, row, row.audio or "", error)
+
+        batch, filled = self._empty(first, stop, 0), 0
+        for number, waveform, length in self._hear(sounds, unheard):
+            if filled == self.batch:
+                yield batch
+                batch, filled = self._empty(first, stop, int(batch["batch"]) + 1), 0
+            batch["row"][filled], batch["audio"][filled], batch["audio_length"][filled] = number, waveform, length
+            filled += 1
+            told[number]["windows"] += 1
+        batch["about"] = np.str_(json.dumps({"rows": list(told.values()), "problems": problems}))
+        yield batch
+
+    def _row(self, number: int, report: Callable[..., None]) -> Row:
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        within = number - int(self._first[shard])
+        row = self.rows.row(shard, within)
+        if within == 0 and (surplus := self.rows.surplus(shard)):  # told once: by whoever reads the shard's first row
+            reason = f"the shard holds {surplus} samples more than its index says; they are not used"
+            report(number, row, "", reason, row=None, key="", count=surplus)
+        return row
+
+    def _read_text(self, number: int, row: Row, report: Callable[..., None]) -> dict[str, Any]:
+        """The sentence and the fields of a row, as far as they are wanted."""
+        told: dict[str, Any] = {"text": None, "fields": {}}
+        if "text" not in self.wanted.modalities and not self.wanted.fields:
+            return told
+        try:
+            metadata, text = row.read("json"), row.read("txt")
+            if metadata is None and text is None:
+                raise DataError("no .json and no .txt member")
+            values = read_fields(metadata, text)
+            lines = flat(values)
+            told["fields"] = {name: lines[name] for name in self.wanted.fields if name in lines}
+            if "text" in self.wanted.modalities:
+                told["text"], _ = TextPolicy(self.data, self.data.templates).say(values, None)
+        except (DataError, OSError) as error:
+            report(number, row, "json", error)
+        return told
+
+    def _hear(
+        self, sounds: dict[int, Stored], unheard: Callable[[int, DataError], None]
+    ) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Row, waveform and length of each window of some members; those that have none are told."""
+        isolated = decoder(self.data)
+        if self.wanted.windows == "middle":
+            numbers = list(sounds)
+            into = np.empty((len(sounds), self.data.crop_samples), np.int16)
+            crops = {i: Crop(sounds[number], 0.5, None) for i, number in enumerate(numbers)}
+            for i, length in isolated.decode(crops, into).items():
+                if isinstance(length, DataError):
+                    unheard(numbers[i], length)
+                else:
+                    yield numbers[i], into[i], length
+        else:
+            for number, sound in sounds.items():
+                try:
+                    for waveform, length in isolated.windows(sound, self.wanted.hop_seconds):
+                        yield number, waveform, length
+                except DataError as error:
+                    unheard(number, error)
+
+    def _empty(self, first: int, stop: int, number: int) -> Chunk:
+        return {
+            "first": np.int64(first),
+            "stop": np.int64(stop),
+            "batch": np.int64(number),
+            "row": np.full(self.batch, -1, np.int64),
+            "audio": np.zeros((self.batch, self.data.crop_samples), np.int16),
+            "audio_length": np.zeros(self.batch, np.int32),
+            "about": np.str_(""),
+        }
+
+
+def encode_windows(muser: Muser, batch: Chunk, wanted: Wanted) -> dict[str, Any]:
+    """What a batch of `SongReader` adds to its task's embeddings.
+
+    Returns:
+        "first", "stop", "batch" and "about" as they are; "rows" (n,) int64, the rows that have a window in it; for each
+        modality (n, dim) float64, the sums of their windows' embeddings of unit length, and for "text" the sentences'
+        of all rows that "about" has one of, in order.
+    """
+    there = batch["row"] >= 0
+    rows, place = np.unique(batch["row"][there], return_inverse=True)
+    result = {name: batch[name] for name in ("first", "stop", "batch", "about")} | {"rows": rows}
+    windows = {name: batch[name][there] for name in ("audio", "audio_length")}
+    for modality in wanted.heard:
+        sums = np.zeros((len(rows), muser.dim))
+        if len(rows):
+            np.add.at(sums, place, muser.encode_chunks(modality, [windows]))
+        result[modality] = sums
+    if "text" in wanted.modalities:
+        about = json.loads(str(batch["about"]) or '{"rows": []}')
+        sentences = [row["text"] for row in about["rows"] if row["text"] is not None]
+        result["text"] = muser.encode_text(sentences).astype(np.float64)
+    return result

@@ -1,0 +1,199 @@
+"""A run as a folder to give away: weights, config, tokenizer, and a model card that says what it is.
+
+Where the run's data lay, and what opened it, is in none of its files.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from muser_dist import __version__
+from muser_dist.config import RunConfig, from_dict
+from muser_dist.data.shards import ShardIndex
+from muser_dist.data.storage import Storage, redact
+from muser_dist.errors import CheckpointError
+from muser_dist.files import write_whole
+from muser_dist.models.model import MultimodalModel
+from muser_dist.muser import Muser, save_model
+from muser_dist.train.checkpoint import FORMAT, Pieces
+from muser_dist.train.engine import AVERAGE, BUFFER, WEIGHT
+from muser_dist.train.runlog import METRICS, last_line
+from muser_dist.train.store import CheckpointStore, problem_of
+
+CARD = "README.md"
+
+
+def export(run: Path, out: Path, force: bool = False) -> str:
+    """Writes a folder that `Muser.from_pretrained` reads: model.safetensors, config.json, tokenizer/, README.md.
+
+    Args:
+        run: folder of a run that has ended, or that has a checkpoint.
+        out: the folder; made when missing.
+        force: replaces one that is there.
+
+    Returns:
+        what the weights are of, in words.
+
+    Raises:
+        CheckpointError: `run` is no run, has neither an exported model nor an intact checkpoint; or `out` is not
+            empty.
+    """
+    try:
+        config = from_dict(json.loads((run / "config.json").read_text()), str(run / "config.json"))
+        record = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run} is no run's folder ({error}); give the one that jobs/pretrain.py made") from None
+    if not config.train.checkpoint_storage:  # the folder may have been moved
+        config = replace(config, storage=str(run.absolute().parent), name=run.absolute().name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise CheckpointError(f"{out} is not empty; give another --out, or --force to replace what is in it")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out.absolute().parent) as folder:
+        made = Path(folder) / "model"
+        if (run / "model" / "config.json").exists():
+            muser = Muser.from_pretrained(run)
+            save_model(made, muser.model.state_dict(), muser.config)
+            samples, state = config.train.steps * config.train.global_batch, "the end of the run"
+        else:
+            weights, step = last_weights(config, CheckpointStore(config, Storage.of(config.data)))
+            save_model(made, weights, config)
+            samples, state = step * config.train.global_batch, f"the checkpoint at step {step:,}"
+        write_whole(made / CARD, card(run, config, record, samples, state))
+        for name in (path.name for path in made.iterdir()):
+            old = out / name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            (made / name).replace(old)
+    return f"{state}, {samples:,} samples"
+
+
+def last_weights(config: RunConfig, store: CheckpointStore) -> tuple[dict[str, Tensor], int]:
+    """Weights out of a run's last intact checkpoint (their moving average, where the run keeps one), and its step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    problem = "there is none"
+    for step in store.steps()[::-1]:
+        with TemporaryDirectory(prefix="muser-checkpoint-") as folder:
+            try:
+                description = store.describe(step)
+                if description["format"] != FORMAT:
+                    raise CheckpointError(f"is of format {description['format']}, and this version reads {FORMAT}")
+                paths = [store.fetch(step, part["name"], folder) for part in description["parts"]]
+                for path, part in zip(paths, description["parts"], strict=True):
+                    if broken := problem_of(path, part):
+                        raise CheckpointError(broken)
+            except (OSError, ValueError, CheckpointError) as error:
+                problem = f"the one at step {step:,}: {redact(str(error))}"
+                continue
+            model = MultimodalModel(config)
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            state = AVERAGE if config.train.ema_samples else WEIGHT
+            weights = {}
+            with Pieces(paths) as read:
+                for name, value in model.state_dict(keep_vars=True).items():
+                    kind = BUFFER if id(value) not in names else state if value.requires_grad else WEIGHT
+                    of = names.get(id(value), name)  # a parameter that two modules share is there once
+                    weights[name] = read(kind, of, 0, value.numel()).view(value.shape)
+            return weights, step
+    raise CheckpointError(f"{store.url} has no checkpoint to export ({problem}); let the run go on to its next one")
+
+
+def card(run: Path, config: RunConfig, record: dict[str, Any], samples: int, state: str) -> str:
+    """The model card, in the form of Hugging Face: YAML, then Markdown."""
+    words = record["command"].split()
+    recipe = words[2] if len(words) > 2 else config.name
+    towers = "\n".join(
+        f"| {name} | `{tower.build}` | {', '.join(f'{k} {_name(v)}' for k, v in tower.options.items()) or 'defaults'} |"
+        for name, tower in config.model.towers().items()
+    )
+    sources = "\n".join(_source(run, source.name, source.weight) for source in config.data.training_sources())
+    line = last_line(run / METRICS) or {}
+    read, bad = line.get("rows_read"), line.get("rows_quarantined")
+    used = f" Of {read:,} rows read, {bad:,} could not be used." if read is not None and bad is not None else ""
+    templates = "\n".join(f"- `{template}`" for template in config.data.templates)
+    pairs = ", ".join(f"{pair.first}–{pair.second}" for pair in config.objective.pairs)
+    return f"""---
+library_name: muser_dist
+pipeline_tag: feature-extraction
+tags: [audio, music, contrastive]
+license: other
+license_name: to-be-chosen
+---
+
+# {config.name}
+
+One embedding space of {config.model.projection_dim} dimensions for {", ".join(config.model.towers())}, trained with
+muser_dist {__version__} (recipe `{recipe}`). The weights are those of {state}.
+
+**Licence: not chosen yet.** `license_name` above is a placeholder: whoever publishes this folder has to replace it, and
+to look what the licences of the training data allow.
+
+## Use
+
+```python
+from muser_dist import Muser
+
+muser = Muser.from_pretrained("FOLDER")  # this one
+print(muser.encode_text(["a slow waltz"]) @ muser.encode_audio(["YOUR_SONG.mp3"]).T)
+```
+
+It hears {config.data.crop_seconds:g} s at {config.data.sample_rate:,} Hz at a time; longer clips are cut into windows.
+
+## Training
+
+{samples:,} samples in global batches of {config.train.global_batch:,}, objective `{config.objective.name}` over {pairs}
+with targets `{config.objective.targets}`, seed {config.seed}, code at commit {record.get("commit") or "unknown"}.{used}
+
+| source | weight | shards | rows |
+|---|---|---|---|
+{sources}
+
+Sentences:
+{templates}
+
+| tower | built by | options |
+|---|---|---|
+{towers}
+
+## Scores
+
+{_scores(run)}
+"""
+
+
+def _name(option: Any) -> Any:
+    """An option without the folder that it may name: that is nobody's business."""
+    return Path(option).name if isinstance(option, str) else option
+
+
+def _source(run: Path, name: str, weight: float) -> str:
+    """A source's line: its name and size, and not where it lies."""
+    path = run / f"{name}-index.json"
+    if not path.exists():
+        return f"| {name} | {weight:g} | unknown | unknown |"
+    index = ShardIndex.load(path)
+    return f"| {name} | {weight:g} | {len(index):,} | {index.total:,} |"
+
+
+def _scores(run: Path) -> str:
+    """What evaluation.json says, as a table for each kind of task."""
+    path = run / "evaluation.json"
+    if not path.exists():
+        return "Not scored: the run has no evaluation.json."
+    evaluation = json.loads(path.read_text())
+    lines = [f"On {evaluation['rows']:,} validation rows.", "", "| retrieval | R@1 | R@10 | chance R@10 | MRR |"]
+    lines.append("|---|---|---|---|---|")
+    for name, s in evaluation["retrieval"].items():
+        lines.append(f"| {name} | {s['R@1']:.3f} | {s['R@10']:.3f} | {s['chance_R@10']:.3f} | {s['MRR']:.3f} |")
+    lines += ["", "| zero-shot | accuracy | macro F1 | chance |", "|---|---|---|---|"]
+    for field, by_modality in evaluation["zero_shot"].items():
+        for modality, s in by_modality.items():
+            row = f"{s['accuracy']:.3f} | {s['macro_f1']:.3f} | {s['chance']:.3f}"
+            lines.append(f"| {field} by {modality} | {row} |")
+    return "\n".join(lines)

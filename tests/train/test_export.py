@@ -1,0 +1,124 @@
+"""An exported folder loads, equals what it was made of, says what it is, and holds no address."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from muser_dist import Muser
+from muser_dist.config import to_dict
+from muser_dist.errors import CheckpointError
+from muser_dist.models.model import MultimodalModel
+from muser_dist.muser import save_model
+from muser_dist.train.checkpoint import FORMAT
+from muser_dist.train.export import export
+from muser_dist.train.store import CheckpointStore
+from tests.shardmaker import tone, write_shards
+from tests.small import LOCAL, index_of, small_config
+
+SCORES = {
+    "rows": 30,
+    "retrieval": {"text->audio": {"R@1": 0.25, "R@10": 0.5, "chance_R@10": 0.1, "MRR": 0.3}},
+    "zero_shot": {"mode": {"audio": {"accuracy": 0.75, "macro_f1": 0.7, "chance": 0.5}}},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder without weights, whose shards lay at a place that should not be told."""
+    config = small_config(
+        data={"train": ("s3://hidden/train.tar",), "storage_options": "/hidden/key.json"},
+        train={"checkpoint_storage": str(tmp_path / "hidden"), "ema_samples": 8},
+        name="trial",
+        storage=str(tmp_path / "runs"),
+    )
+    folder = config.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps(to_dict(replace(config, data=replace(config.data, storage_options=""))))
+    )
+    (folder / "run.json").write_text(
+        json.dumps({"command": "python jobs/pretrain.py tiny --name trial", "commit": "c0ffee"})
+    )
+    (folder / "evaluation.json").write_text(json.dumps(SCORES))
+    index_of(write_shards(tmp_path / "hidden" / "shards", [9, 4])).save(folder / "train-index.json")
+    return config
+
+
+def embedding(model):
+    return model.encode_audio([tone(1, 0.5, 8_000)])
+
+
+def test_the_exported_model_is_the_runs_and_its_card_says_what_it_is(run, tmp_path):
+    model = MultimodalModel(replace(run, seed=5))
+    save_model(run.folder / "model", model.state_dict(), run)
+    assert "end of the run" in export(run.folder, tmp_path / "out")
+    mine, theirs = Muser.from_pretrained(tmp_path / "out"), Muser.from_pretrained(run.folder)
+    np.testing.assert_array_equal(embedding(mine), embedding(theirs))
+    assert mine.sha256 == theirs.sha256
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "license_name: to-be-chosen",
+        "recipe `tiny`",
+        "24 samples in global batches of 8",
+        "| train | 1 | 2 | 13 |",
+        "| text->audio | 0.250 | 0.500 | 0.100 | 0.300 |",
+        "| mode by audio | 0.750 | 0.700 | 0.500 |",
+        "commit c0ffee",
+        "Muser.from_pretrained",
+    ):
+        assert part in card, part
+    for path in (tmp_path / "out").iterdir():
+        assert b"hidden" not in path.read_bytes()
+
+
+def write_checkpoint(config, step, model, cut=False):
+    """A checkpoint of two ranks, each with its half of every parameter; a moving average twice the weights."""
+    store = CheckpointStore(config, LOCAL)
+    parts = []
+    for rank in range(2):
+        pieces = {}
+        for name, value in model.named_parameters():
+            flat = value.detach().flatten()
+            middle = len(flat) // 2
+            half, start = (flat[:middle], 0) if rank == 0 else (flat[middle:], middle)
+            pieces |= {f"weight/{name}@{start}": half.clone(), f"average/{name}@{start}": 2 * half}
+        if rank == 0:
+            pieces |= {f"buffer/{name}@0": value.flatten() for name, value in model.named_buffers()}
+        content = save(pieces)
+        parts.append(store.write(step, f"rank-{rank}.safetensors", content))
+        if cut:
+            store.write(step, f"rank-{rank}.safetensors", content[:-9])
+    store.complete(step, {"format": FORMAT, "parts": parts, "loss": None})
+
+
+def test_without_an_exported_model_it_is_the_last_intact_checkpoints_average(run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to export"):
+        export(run.folder, tmp_path / "out")
+    model = MultimodalModel(run)
+    for step in (1, 2):
+        write_checkpoint(run, step, MultimodalModel(replace(run, seed=step)))
+    write_checkpoint(run, 3, model, cut=True)
+    assert export(run.folder, tmp_path / "out") == "the checkpoint at step 2, 16 samples"
+    want = {name: 2 * p for name, p in MultimodalModel(replace(run, seed=2)).named_parameters()}
+    for name, value in Muser.from_pretrained(tmp_path / "out").model.named_parameters():
+        torch.testing.assert_close(value, want[name], rtol=0, atol=0)
+
+
+def test_what_is_there_is_replaced_by_force_alone(run, tmp_path):
+    save_model(run.folder / "model", MultimodalModel(run).state_dict(), run)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty; give another --out, or --force"):
+        export(run.folder, out)
+    assert (out / "README.md").read_text() == "mine"
+    export(run.folder, out, force=True)
+    assert "Licence" in (out / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="is no run's folder"):
+        export(tmp_path, tmp_path / "other")
