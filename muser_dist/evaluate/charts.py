@@ -160,6 +160,8 @@ def _svg(
             axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if bands:
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(max(0.0, bottom), min(1.0, top))  # few draws make intervals that no share can reach
             axes.set_xscale("log")
             axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
             axes.set_xticks([], minor=True)

@@ -231,7 +231,6 @@ def _fit_linear(
 
 def _path(features: np.ndarray, labels: np.ndarray, classes: int, strengths: Sequence[float]) -> list[Scorer]:
     """A logistic regression for each strength, each started from the last."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     targets = labels.T if labels.ndim == 2 else labels[None]
@@ -245,7 +244,7 @@ def _path(features: np.ndarray, labels: np.ndarray, classes: int, strengths: Seq
             continue
         model = LogisticRegression(warm_start=True, max_iter=1000)
         for i, strength in enumerate(strengths):
-            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # near enough for a score
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of many classes, or near convergence
                 model.set_params(C=strength).fit(features, target)
             coefficients, intercept = model.coef_, model.intercept_
             if labels.ndim == 2:
@@ -292,7 +291,8 @@ def _epochs(features: np.ndarray, labels: np.ndarray, classes: int, epochs: int,
         return _lowest_where_absent(scores)
 
     for _ in range(epochs):
-        model.partial_fit(features, targets, classes=present if labels.ndim == 1 else np.arange(targets.shape[1]))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of many classes
+            model.partial_fit(features, targets, classes=present if labels.ndim == 1 else np.arange(targets.shape[1]))
         yield score
 
 
