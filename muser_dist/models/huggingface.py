@@ -43,7 +43,7 @@ def architecture(model: str | dict[str, Any], modality: str, defaults: dict[str,
     where = f"model.{modality}.options.model"
     try:
         if isinstance(model, str):
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             part = "text_config" if modality == "text" else "audio_config"
             config = getattr(config, part, config)
         else:
@@ -76,7 +76,10 @@ def self_contained(config: RunConfig) -> RunConfig:
 
 def _network(config: PretrainedConfig, modality: str) -> Any:
     try:
-        network: Any = ClapAudioModel(config) if isinstance(config, ClapAudioConfig) else AutoModel.from_config(config)
+        if isinstance(config, ClapAudioConfig):  # not among those that AutoModel knows
+            network: Any = ClapAudioModel(config)
+        else:
+            network = AutoModel.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ConfigError(f"model.{modality}.options.model: {str(error).strip().splitlines()[0]}") from None
     if getattr(network, "pooler", None) is not None:

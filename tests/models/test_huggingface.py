@@ -142,6 +142,14 @@ def test_of_a_config_of_several_networks_the_modalitys_is_taken(tmp_path):
     assert architecture(str(tmp_path), "spectrogram", {}).patch_embeds_hidden_size == 8
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
+    config = {"model_type": "mert_model", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(ConfigError, match=r"model\.audio\.options\.model: .*custom code"):
+        architecture(str(tmp_path), "audio", {})
+
+
 @pytest.mark.parametrize(
     ("modality", "build", "options", "message"),
     [
