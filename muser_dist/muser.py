@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -206,7 +207,7 @@ class Muser:
         modality = modality or index.modalities[0]
         if isinstance(query, np.ndarray) and query.shape == (self.dim,):
             embedding = query
-        elif isinstance(query, str) and not Path(query).is_file():
+        elif isinstance(query, str) and not os.path.isfile(query):
             embedding = self.encode_text([query])[0]
         else:
             heard = next(name for name in (modality, *self.modalities) if name != "text")

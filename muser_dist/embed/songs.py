@@ -69,12 +69,8 @@ class SongReader:
         self.data = data
         self.wanted = wanted
         self.batch = batch
+        self._policy = TextPolicy(data, data.templates)
         self._first = np.concatenate([[0], np.cumsum(rows.index.rows)])
-
-    @property
-    def batch_bytes(self) -> int:
-        """Size of a batch."""
-        return 2 * self.batch * self.data.crop_samples
 
     def read(self, first: int, stop: int) -> Iterator[Chunk]:
         """Yields the batches of a task, the rows first <= r < stop."""
@@ -139,7 +135,7 @@ class SongReader:
             lines = flat(values)
             told["fields"] = {name: lines[name] for name in self.wanted.fields if name in lines}
             if "text" in self.wanted.modalities:
-                told["text"], _ = TextPolicy(self.data, self.data.templates).say(values, None)
+                told["text"], _ = self._policy.say(values, None)
         except (DataError, OSError) as error:
             report(number, row, "json", error)
         return told

@@ -30,8 +30,8 @@ SCORES = {
 def run(tmp_path):
     """A run's folder without weights, whose shards lay at a place that should not be told."""
     config = small_config(
-        data={"train": ("s3://hidden/train.tar",), "storage_options": "/hidden/key.json"},
-        train={"checkpoint_storage": str(tmp_path / "hidden"), "ema_samples": 8},
+        data={"train": ("s3://vault/train.tar",), "storage_options": "/vault/key.json"},
+        train={"checkpoint_storage": str(tmp_path / "vault"), "ema_samples": 8},
         name="trial",
         storage=str(tmp_path / "runs"),
     )
@@ -44,7 +44,7 @@ def run(tmp_path):
         json.dumps({"command": "python jobs/pretrain.py tiny --name trial", "commit": "c0ffee"})
     )
     (folder / "evaluation.json").write_text(json.dumps(SCORES))
-    index_of(write_shards(tmp_path / "hidden" / "shards", [9, 4])).save(folder / "train-index.json")
+    index_of(write_shards(tmp_path / "vault" / "shards", [9, 4])).save(folder / "train-index.json")
     return config
 
 
@@ -74,7 +74,7 @@ def test_the_exported_model_is_the_runs_and_its_card_says_what_it_is(run, tmp_pa
     ):
         assert part in card, part
     for path in (tmp_path / "out").iterdir():
-        assert b"hidden" not in path.read_bytes()
+        assert b"vault" not in path.read_bytes()
 
 
 def write_checkpoint(config, step, model, cut=False):
