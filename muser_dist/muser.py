@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ Clip = str | Path | bytes | np.ndarray
 def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
     """Writes an exported model: model.safetensors, the tokenizer if it has files, and config.json last.
 
-    Where the data and the run lay is left out of the config: addresses may say more than they should.
+    Where the data, the run and the weights that it began with lay is left out of the config: addresses may say more
+    than they should.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = replace(config.data, train=(), val=(), sources=(), storage_options="", cache_folder="")
-    content = {"format": FORMAT, "config": to_dict(replace(config, storage="", data=data))}
+    towers: dict[str, Any] = {name: replace(tower, weights="") for name, tower in config.model.towers().items()}
+    exported = replace(config, storage="", data=data, model=replace(config.model, **towers))
+    content = {"format": FORMAT, "config": to_dict(exported)}
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / _TOKENIZER)
@@ -41,6 +45,14 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
     temporary.replace(folder / _WEIGHTS)
     write_whole(folder / _CONFIG, json.dumps(content, indent=2))
+
+
+_INPUTS = {
+    "audio": ("audio", "audio_length"),
+    "spectrogram": ("audio", "audio_length"),
+    "text": ("text_ids", "text_length"),
+}
+"""By tower, the arrays of a chunk that it reads; spectrograms are made where the model is."""
 
 
 class Muser:
@@ -91,13 +103,53 @@ class Muser:
 
     @property
     def dim(self) -> int:
-        """Dimensions of the joint space."""
-        return self.config.model.projection_dim
+        """Dimensions of embeddings."""
+        return self.model.dim
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """What the model can encode."""
         return tuple(self.config.model.towers())
+
+    @property
+    def label_values(self) -> dict[str, tuple[str, ...]]:
+        """By metadata field, the values that `classify` tells apart; empty where the model learned no labels."""
+        return dict(self.config.data.label_values)
+
+    def classify(self, clips: Sequence[Clip], sample_rate: int | None = None) -> dict[str, np.ndarray]:
+        """What the model's heads say of clips, or of sentences where it reads texts.
+
+        Args:
+            clips, sample_rate: as of `encode_audio`.
+
+        Returns:
+            probabilities by metadata field: (len(clips), values) float32, in the order of `label_values`. Those of a
+            field in config.data.classes sum to 1; those of tags are each for itself.
+
+        Raises:
+            ConfigError: the model has no such heads.
+            DataError: as of `encode_audio`.
+        """
+        if isinstance(clips, (str, Path, bytes, np.ndarray)):
+            raise TypeError("classify takes a list; wrap the one you have in [ ]")
+        reads, size = self.model.labelled == "text", self.config.train.chunk
+        parts = [
+            self.classify_chunk(self._read(part) if reads else self._hear_all(part, sample_rate))
+            for part in (clips[i : i + size] for i in range(0, len(clips), size))
+        ]
+        return {
+            name: np.concatenate([np.zeros((0, len(values)), np.float32), *(part[name] for part in parts)])
+            for name, values in self.label_values.items()
+        }
+
+    def classify_chunk(self, chunk: dict[str, Any]) -> dict[str, np.ndarray]:
+        """`classify` of the rows of a chunk of muser_dist/data/chunks.py."""
+        if not self.label_values:
+            raise ConfigError("this model tells no labels apart; train one with jobs/finetune.py")
+        names = _INPUTS[self.model.labelled]
+        batch = {name: torch.tensor(chunk[name], device=self.device) for name in names}
+        with torch.inference_mode():
+            return {name: p.cpu().numpy() for name, p in self.model.label_probabilities(batch).items()}
 
     def encode_audio(self, clips: Sequence[Clip], sample_rate: int | None = None) -> np.ndarray:
         """Embeds clips with the waveform tower.
@@ -123,28 +175,25 @@ class Muser:
         """Embeds sentences: (len(sentences), dim) float32 of unit length."""
         if isinstance(sentences, str):
             raise TypeError("encode_text takes a list of sentences; wrap the one you have in [ ]")
-
-        def tensors(part: Sequence[str]) -> dict[str, np.ndarray]:
-            ids, lengths = self._tokenizer(list(part))
-            return {"text_ids": ids, "text_length": lengths}
-
-        return self._encode("text", sentences, tensors)
+        return self._encode("text", sentences, self._read)
 
     def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
-        names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
-        parts = [self._forward(modality, {name: chunk[name] for name in names}) for chunk in chunks]
+        parts = [self._forward(modality, {name: chunk[name] for name in _INPUTS[modality]}) for chunk in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     def _encode_clips(self, modality: Modality, clips: Sequence[Clip], sample_rate: int | None) -> np.ndarray:
         if isinstance(clips, (str, Path, bytes, np.ndarray)):
             raise TypeError(f"encode_{modality} takes a list of clips; wrap the one you have in [ ]")
+        return self._encode(modality, clips, partial(self._hear_all, sample_rate=sample_rate))
 
-        def tensors(part: Sequence[Clip]) -> dict[str, np.ndarray]:
-            waveforms, lengths = zip(*(self._hear(clip, sample_rate) for clip in part), strict=True)
-            return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
+    def _read(self, sentences: Sequence[Any]) -> dict[str, np.ndarray]:
+        ids, lengths = self._tokenizer(list(sentences))
+        return {"text_ids": ids, "text_length": lengths}
 
-        return self._encode(modality, clips, tensors)
+    def _hear_all(self, clips: Sequence[Clip], sample_rate: int | None) -> dict[str, np.ndarray]:
+        waveforms, lengths = zip(*(self._hear(clip, sample_rate) for clip in clips), strict=True)
+        return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
 
     def _hear(self, clip: Clip, sample_rate: int | None) -> tuple[np.ndarray, int]:
         data = self.config.data

@@ -70,12 +70,12 @@ class TextPolicy:
                 return ""
             value = value[languages[int(rng.integers(len(languages))) if rng else 0]]
         if isinstance(value, list):
-            return [sentence for entry in value if (sentence := _one_line(str(entry)))]
+            return [sentence for entry in value if (sentence := one_line(str(entry)))]
         lines = [line for line in str(value).splitlines() if line.strip()]
         if rng and self.config.line_dropout and len(lines) > 1:
             kept = rng.random(len(lines)) >= self.config.line_dropout
             lines = [line for line, keep in zip(lines, kept, strict=True) if keep] or lines
-        return _one_line(" ".join(lines))
+        return one_line(" ".join(lines))
 
 
 def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, Any]:
@@ -119,14 +119,15 @@ def _plain(value: Any) -> Value:
     return plain if plain.strip() else ""
 
 
-def _one_line(value: str) -> str:
+def one_line(value: str) -> str:
+    """The value without line breaks and repeated spaces."""
     return " ".join(value.split())
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, str]:
     """The fields as one line each: lists joined, without those that differ by language."""
     lines = {
-        name: ", ".join(map(_one_line, value)) if isinstance(value, list) else _one_line(value)
+        name: ", ".join(map(one_line, value)) if isinstance(value, list) else one_line(value)
         for name, value in values.items()
         if not isinstance(value, dict)
     }

@@ -28,7 +28,8 @@ def validate(folder: Path, config: RunConfig, index: ShardIndex, storage: Storag
 
     Returns:
         fields for metrics.jsonl: "val_R@10/text->audio" and "val_MRR/text->audio" for each direction,
-        "val_accuracy/genre by audio" for each field and modality; those without a row to score are left out.
+        "val_accuracy/genre by audio" for each field and modality; of heads "val_accuracy/genre", "val_macro_f1/genre",
+        "val_roc_auc/tags" and "val_pr_auc/tags". Those without a row to score are left out.
 
     Raises:
         CheckpointError: the folder holds no whole model.
@@ -46,3 +47,7 @@ def _scores(evaluation: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     for field, by_modality in evaluation["zero_shot"].items():
         for modality, scores in by_modality.items():
             yield f"val_accuracy/{field} by {modality}", scores["accuracy"]
+    for field, scores in evaluation.get("labels", {}).items():
+        for metric in ("accuracy", "macro_f1", "roc_auc", "pr_auc"):
+            if metric in scores:
+                yield f"val_{metric}/{field}", scores[metric]

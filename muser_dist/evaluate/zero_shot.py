@@ -95,7 +95,7 @@ def zero_shot(
     np.add.at(confusion, (truth, predicted), 1)
     counts = confusion.sum(axis=1)
     return {
-        **_scores(confusion, counts, classes),
+        **of_confusion(confusion, classes),
         "chance": 1 / len(classes),
         "rows": len(labelled),
         "without_label": len(labels) - len(labelled),
@@ -105,8 +105,14 @@ def zero_shot(
     }
 
 
-def _scores(confusion: np.ndarray, counts: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """The scores that need a labelled row; None for each without one."""
+def of_confusion(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """The scores of `zero_shot` that need a labelled row; None for each without one.
+
+    Args:
+        confusion: (C, C) counts; rows are true classes, columns predicted ones.
+        classes: C names.
+    """
+    counts = confusion.sum(axis=1)
     rows = int(counts.sum())
     if not rows:
         names = ("accuracy", "accuracy_interval", "macro_f1", "majority", "majority_macro_f1", "majority_class")

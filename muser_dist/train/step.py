@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from muser_dist.config import Modality, RunConfig
+from muser_dist.config import Feature, RunConfig
 from muser_dist.data.chunks import Chunk
+from muser_dist.data.labels import LABEL
 from muser_dist.models.batch_norm import update_running_statistics
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.collectives import sum_over_ranks
 from muser_dist.train.engine import Engine
 
-TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
+TENSORS = ("audio", "audio_length", "view", "view_length", "spectrogram", "text_ids", "text_length")
 """Arrays of a chunk that towers may read."""
 
 _OF_LOGITS = ("scale", "bias")
@@ -44,8 +45,14 @@ class DeviceChunk:
     batch: Batch
 
 
-def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.device) -> DeviceChunk:
-    """The arrays of a chunk that training needs; they may be read-only memory of the object store."""
+def to_device(chunk: Chunk, features: tuple[Feature, ...], device: torch.device) -> DeviceChunk:
+    """The arrays of a chunk that training needs; they may be read-only memory of the object store.
+
+    Args:
+        chunk: of the pipeline.
+        features: RunConfig.features.
+        device: where they go.
+    """
 
     def move(name: str) -> Tensor:
         copy = torch.from_numpy(np.array(chunk[name]))
@@ -54,7 +61,13 @@ def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.devi
     return DeviceChunk(
         (int(chunk["step"]), int(chunk["chunk"])),
         lambda: {name: move(name) for name in TENSORS if name in chunk},
-        Batch({name: move(f"valid_{name}") for name in modalities}, move("row"), move("text_id"), move("label_id")),
+        Batch(
+            {name: move(f"valid_{name}") for name in features},
+            move("row"),
+            move("text_id"),
+            move("label_id"),
+            labels={name.removeprefix(LABEL): move(name) for name in chunk if name.startswith(LABEL)},
+        ),
     )
 
 

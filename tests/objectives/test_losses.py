@@ -75,6 +75,11 @@ def test_the_reference_by_hand():
     # The same text twice: both columns are positives, so the loss is log(e^s + 1) - s/2.
     assert value("contrastive", [5, 5]) == pytest.approx(expected + s / 2, rel=1e-6)
     assert value("contrastive", [5, 5], targets="same_label") == pytest.approx(expected + s / 2, rel=1e-6)
+    # NT-Xent: besides the other clip's second view, its first one is a negative too, and both are orthogonal.
+    views = {"audio": torch.eye(2), "view": torch.eye(2)}
+    batch = Batch({name: torch.tensor([True, True]) for name in views}, torch.arange(2), *2 * [torch.tensor([5, 5])])
+    config = ObjectiveConfig(pairs=(PairConfig("audio", "view"),))  # that they share a text does not matter
+    assert reference_loss(views, logits, batch, config).item() == pytest.approx(math.log1p(2 * math.exp(-s)), rel=1e-6)
     # Without the positive in the denominator only e^0 is left.
     assert value("decoupled", [5, 6]) == pytest.approx(-s, rel=1e-6)
     assert value("muser_poster", [5, 6]) == pytest.approx(-s, rel=1e-6)
