@@ -19,9 +19,10 @@ from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
+from muser_dist.models.weights import WEIGHTS, exported_weights
 
 FORMAT = 3
-_WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer"
 
 Clip = str | Path | bytes | np.ndarray
 """A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
@@ -41,9 +42,9 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / _TOKENIZER)
-    temporary = folder / f"{_WEIGHTS}.part"
+    temporary = folder / f"{WEIGHTS}.part"
     save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
-    temporary.replace(folder / _WEIGHTS)
+    temporary.replace(folder / WEIGHTS)
     write_whole(folder / _CONFIG, json.dumps(content, indent=2))
 
 
@@ -53,6 +54,33 @@ _INPUTS = {
     "text": ("text_ids", "text_length"),
 }
 """By tower, the arrays of a chunk that it reads; spectrograms are made where the model is."""
+
+
+def exported_config(folder: Path) -> RunConfig:
+    """The config of an exported model; its tokenizer is the one in the folder, if that has files.
+
+    Args:
+        folder: holds config.json; a run's folder will do too.
+
+    Raises:
+        CheckpointError: there is none, or it is broken or of another format.
+    """
+    folder = exported_weights(folder).parent
+    path = folder / _CONFIG
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {_CONFIG}; give the folder `model` that a finished run left behind"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not an exported model of format {FORMAT}")
+    config = from_dict(content.get("config"), str(path))
+    if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
+        config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
+    return config
 
 
 class Muser:
@@ -82,22 +110,11 @@ class Muser:
         Raises:
             CheckpointError: files are missing, broken, of another format or do not fit together.
         """
-        folder = Path(folder)
-        if not (folder / _WEIGHTS).is_file() and (folder / "model" / _WEIGHTS).is_file():
-            folder = folder / "model"
-        for name in (_WEIGHTS, _CONFIG):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}; give the folder `model` that a finished run left behind")
+        weights, config = exported_weights(folder), exported_config(Path(folder))
         try:
-            content = json.loads((folder / _CONFIG).read_text())
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise CheckpointError(f"{folder / _CONFIG}: not an exported model of format {FORMAT}")
-            config = from_dict(content.get("config"), str(folder / _CONFIG))
-            if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
-                config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
             model = MultimodalModel(config)
-            model.load_state_dict(load_file(folder / _WEIGHTS))
-        except (json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            model.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
         return cls(model, config, device)
 

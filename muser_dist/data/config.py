@@ -50,6 +50,22 @@ def read_sources(path: str) -> tuple[SourceConfig, ...]:
         raise ConfigError(f"data.sources: {path} is no JSON: {error}") from None
 
 
+def read_label_values(path: str) -> dict[str, tuple[str, ...]]:
+    """The values by field that a JSON file lists: {"genre": ["folk", "ska"], ...}.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else.
+    """
+    try:
+        return TypeAdapter(dict[str, tuple[str, ...]]).validate_python(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise ConfigError(f"data.label_values: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # ValidationError is one
+        raise ConfigError(
+            f'data.label_values: {path}: {str(error).splitlines()[0]}; the file holds {{"FIELD": ["value", "value"]}}'
+        ) from None
+
+
 @dataclass(frozen=True)
 class AugmentConfig(Strict):
     """Changes made to the waveform of a training crop, each with a probability, in this order.

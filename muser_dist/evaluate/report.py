@@ -64,7 +64,8 @@ def write_report(folder: Path) -> Path:
         | {"without": _mapping(evaluation.get("rows_without"))},
         tiles=_tiles(evaluation),
         retrieval=_retrieval(evaluation),
-        zero_shot=_zero_shot(evaluation),
+        classification=_classification(evaluation),
+        ranking=_ranking(evaluation),
         confusions=_confusions(evaluation),
         skipped_fields=_mapping(evaluation.get("skipped_fields")),
         quarantine=_quarantine(_read_lines(folder / "quarantine.jsonl", notes)),
@@ -204,7 +205,7 @@ def _recorded(metrics: list[Values], key: str) -> list[float]:
 
 
 def _tiles(evaluation: Values) -> list[Values]:
-    """Key scores: the widest R@k of each direction, and the accuracy of the first fields."""
+    """Key scores: the widest R@k of each direction, the accuracy of the first fields, and how tags are ranked."""
     tiles = []
     for direction, scores in _directions(evaluation):
         name = max((key for key in scores if re.fullmatch(r"R@\d+", key)), key=lambda key: int(key[2:]), default=None)
@@ -215,6 +216,10 @@ def _tiles(evaluation: Values) -> list[Values]:
         baselines = [("majority", scores.get("majority")), ("chance", scores.get("chance"))]
         value = scores.get("accuracy")
         tiles.append({"title": f"{field} by {modality}", "metric": "accuracy", "value": value, "baselines": baselines})
+    for field, scores in _heads(evaluation):
+        if "confusion" not in scores:
+            baselines = [("chance", scores.get("chance_pr_auc"))]
+            tiles.append({"title": field, "metric": "PR-AUC", "value": scores.get("pr_auc"), "baselines": baselines})
     return tiles
 
 
@@ -227,9 +232,26 @@ def _directions(evaluation: Values) -> Iterator[tuple[str, Values]]:
 
 
 def _by_field(evaluation: Values) -> Iterator[tuple[str, str, Values]]:
+    """Field, what classified it (a modality by texts, or the model's head) and scores."""
     for field, by_modality in _mapping(evaluation.get("zero_shot")).items():
         for modality, scores in _mapping(by_modality).items():
             yield field, modality, _mapping(scores)
+    for field, scores in _heads(evaluation):
+        if "confusion" in scores:
+            yield field, "head", scores
+
+
+def _heads(evaluation: Values) -> Iterator[tuple[str, Values]]:
+    for field, scores in _mapping(evaluation.get("labels")).items():
+        yield field, _mapping(scores)
+
+
+def _ranking(evaluation: Values) -> list[Values]:
+    keys = ("roc_auc", "pr_auc", "chance_pr_auc", "tags", "rows", "without_label")
+    return [
+        {key: scores.get(key) for key in keys} | {"field": field, "left_out": scores.get("tags_left_out") or ()}
+        for field, scores in _heads(evaluation)
+    ]
 
 
 def _retrieval(evaluation: Values) -> Values:
@@ -247,7 +269,7 @@ def _retrieval(evaluation: Values) -> Values:
     return {"metrics": [metric.replace("_", " ") for metric in metrics], "rows": rows}
 
 
-def _zero_shot(evaluation: Values) -> list[Values]:
+def _classification(evaluation: Values) -> list[Values]:
     keys = ("accuracy", "macro_f1", "majority", "majority_macro_f1", "majority_class", "chance", "rows")
     return [
         {key: scores.get(key) for key in (*keys, "without_label")}
@@ -259,7 +281,7 @@ def _zero_shot(evaluation: Values) -> list[Values]:
 
 def _confusions(evaluation: Values) -> list[Values]:
     """Confusion matrices of the first fields: counts, and each row's shares for the shade."""
-    first = list(_mapping(evaluation.get("zero_shot")))[:_CONFUSION_FIELDS]
+    first = list(dict.fromkeys(field for field, _, _ in _by_field(evaluation)))[:_CONFUSION_FIELDS]
     pictures = []
     for field, modality, scores in _by_field(evaluation):
         classes, matrix = list(scores.get("classes") or ()), scores.get("confusion") or []
