@@ -143,6 +143,24 @@ def resemblance(kappa: float) -> Callable[[Similarities, int], Tensor]:
     return weight
 
 
+def supervised(features: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Of each field the mean of l_i over the rows that are valid and have it, 0 without any; of those the mean.
+
+    With z_i the logits, l_i = -log softmax(z_i)_y of the right class y; or of tags t_k in {0, 1} the mean over k of
+    -t_k log σ(z_ik) - (1 - t_k) log(1 - σ(z_ik)).
+    """
+    valid, means = next(iter(batch.valid.values())), []
+    for name, label in batch.labels.items():
+        losses = []
+        for i in range(len(valid)):
+            z, y = features[f"label/{name}"][i], label[i]
+            if valid[i] and (y >= 0).all():
+                of_tags = torch.where(y == 1, z.sigmoid(), 1 - z.sigmoid())
+                losses.append(-z.log_softmax(dim=0)[y] if y.ndim == 0 else -of_tags.log().mean())
+        means.append(torch.stack(losses).mean() if losses else 0.0 * features[f"label/{name}"].nan_to_num().sum())
+    return torch.stack(means).mean()
+
+
 def reference_loss(
     features: dict[str, Tensor],
     logits: Logits,
@@ -157,6 +175,8 @@ def reference_loss(
     Of each pair and direction the mean of l_i over its anchors (weighted for "similarity_weighted"); of those the
     sum with the factors below; and with config.dims the mean of all that over leading dimensions.
     """
+    if config.name == "supervised":
+        return supervised(features, batch)
     anchor_loss: AnchorLoss = {
         "contrastive": info_nce,
         "similarity_weighted": info_nce,

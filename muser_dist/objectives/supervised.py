@@ -20,17 +20,18 @@ def supervised(features: dict[str, Tensor], logits: Logits, batch: Batch, config
     Args:
         features: "label/<field>" (b, C), logits of its C values, as float.
         logits, config: not used.
-        batch: `labels` by field, and the flags of the one tower.
+        batch: `labels` by field; the first modality's flags count, whose tower has the heads.
 
     Returns:
         the rank's share; metrics "loss" and "loss/<field>".
     """
-    (valid,) = batch.valid.values()
+    valid = next(iter(batch.valid.values()))
     sums, counts = [], []
     for name, label in batch.labels.items():
-        loss_b, known = cross_entropy(features[LABEL + name], label)
-        taking_part = valid & known
-        sums.append(torch.where(taking_part, loss_b, 0.0).sum())
+        taking_part = valid & (label if label.ndim == 1 else label.amin(dim=1)).ge(0)
+        # What stands in other rows must not matter, whatever it is.
+        loss_b = cross_entropy(features[LABEL + name].masked_fill(~taking_part[:, None], 0.0), label.clamp(min=0))
+        sums.append((loss_b * taking_part).sum())
         counts.append(taking_part.sum())
     means = torch.stack(sums) / sum_over_ranks(torch.stack(counts)).clamp(min=1)
     share = means.mean()
@@ -38,10 +39,8 @@ def supervised(features: dict[str, Tensor], logits: Logits, batch: Batch, config
     return Loss(share, {"loss": share.detach()} | of_fields)
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row and whether it has a label, (b,) each, of logits (b, C) and of labels as in `Batch`."""
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """(b,) the loss of each row, of logits (b, C) and of labels (b,) or (b, C) as in `Batch`, none of them lacking."""
     if label.ndim == 1:
-        known = label >= 0
-        return F.cross_entropy(logits, label.clamp(min=0), reduction="none"), known
-    target = label.clamp(min=0).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1), label[:, 0] >= 0
+        return F.cross_entropy(logits, label, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none").mean(dim=1)

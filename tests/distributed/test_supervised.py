@@ -1,4 +1,4 @@
-"""Classification and tagging: the loss by hand, and on two ranks at ZeRO 2 and 3 against one process in float64."""
+"""Classification and tagging: the loss by hand; and through the engine on two ranks at ZeRO 2 and 3."""
 
 import math
 from dataclasses import replace
@@ -97,6 +97,7 @@ def worker(rank: int, world: int, folder: str) -> None:
             torch.save((value, recording.gradients), f"{folder}/{stage}.pt")
 
 
+@pytest.mark.slow  # of features alone, in test_losses.py
 def test_two_ranks_equal_one_process(tmp_path):
     run_workers(worker, 2, 2, str(tmp_path))
     value, want = expected(config_of(1, 0))

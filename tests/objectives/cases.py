@@ -12,6 +12,7 @@ THREE_PAIRS = (PairConfig("audio", "spectrogram"), PairConfig("audio", "text"), 
 TWO_PAIRS = (PairConfig("audio", "text", 2.5), PairConfig("spectrogram", "text"))
 SHARED = TemperatureConfig(shared=True)
 VIEWS = (PairConfig("audio", "view"),)
+LABELS = {"genre": 3, "tags": 2, "absent": 4}
 
 LOSSES: dict[str, dict[str, Any]] = {
     "InfoNCE": {"targets": "instance"},
@@ -41,6 +42,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "pairs": VIEWS,
         "options": {"tau_plus": 0.1, "beta": 0.5},
     },
+    "classes and tags": {"name": "supervised", "pairs": ()},
     "scale 100": {"targets": "same_text", "scale": 100.0},
     "bfloat16": {"targets": "same_text", "bf16": True, "normalise": False, "pairs": THREE_PAIRS},
 }
@@ -78,8 +80,15 @@ class Case:
         if hard:
             self.features["text_negatives"] = torch.randn(rows, hard, dim, generator=g)
             negatives["text"] = torch.rand(rows, hard, generator=g) < 0.6
-        self.batch = Batch(valid, row, text_id, label_id, negatives)
+        labels = {}
+        if self.config.name == "supervised":
+            self.features |= {f"label/{name}": torch.randn(rows, n, generator=g) for name, n in LABELS.items()}
+            labels["genre"] = torch.randint(-1, LABELS["genre"], (rows,), generator=g)
+            labels["tags"] = torch.randint(0, 2, (rows, LABELS["tags"]), generator=g).to(torch.int8)
+            labels["tags"][torch.rand(rows, generator=g) < 0.3] = -1
+            labels["absent"] = torch.full((rows,), -1)
         pairs = len(self.config.pairs)
+        self.batch = Batch(valid, row, text_id, label_id, negatives, labels)
         scale = LOSSES[name].get("scale")
         self.scale = torch.full((pairs,), scale) if scale else torch.tensor([3.0, 11.0, 7.0])[:pairs]
         if self.config.temperature.shared:
@@ -98,6 +107,7 @@ class Case:
             b.text_id[where],
             b.label_id[where],
             {name: flag[where] for name, flag in b.negatives.items()},
+            {name: label[where] for name, label in b.labels.items()},
         )
         return leaf, logits, batch
 

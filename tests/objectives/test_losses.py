@@ -111,6 +111,8 @@ def test_the_metrics_of_pairs_and_dimensions_make_up_the_loss(name):
         "muser_code": [2 / math.factorial(len(pairs))] * len(pairs),
     }.get(case.config.name, [pair.weight / sum(p.weight for p in pairs) for pair in pairs])
     names = [f"loss/{pair.first}-{pair.second}" for pair in pairs]
+    if case.batch.labels:
+        names, shares = [f"loss/{field}" for field in case.batch.labels], [1 / 3] * 3
     together = sum(share * loss.metrics[name].item() for share, name in zip(shares, names, strict=True))
     assert together == pytest.approx(loss.share.item()) == loss.metrics["loss"].item()
     for name in names if case.config.dims else []:
