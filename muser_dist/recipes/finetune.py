@@ -56,7 +56,7 @@ def finetune(start: str, tower: str | None = None) -> RunConfig:
         config,
         name="",
         storage="runs",
-        data=replace(config.data, classes=(), tags=(), label_values={}, label=""),
+        data=replace(config.data, classes=(), tags=(), label_values={}, label="", train_share=1.0),
         model=ModelConfig(**model),
         objective=ObjectiveConfig("supervised", pairs=()),
         train=TrainConfig(

@@ -1,12 +1,16 @@
 """Scores of a model's own heads, against scikit-learn's and brute force."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
+from muser_dist.evaluate.formats import percent
 from muser_dist.evaluate.labels import classification, tagging
+from muser_dist.evaluate.report import write_report
 
 
 @given(st.integers(0, 10_000), st.integers(3, 40), st.integers(2, 5))
@@ -58,3 +62,17 @@ def test_what_says_the_same_of_all_clips_scores_chance():
     assert constant["accuracy"] == 0.0  # ties are errors
     assert constant["roc_auc"] == 0.5 and constant["pr_auc"] == pytest.approx(constant["chance_pr_auc"])
     assert (constant["majority"], constant["majority_class"]) == (0.6, "b")
+
+
+def test_the_page_shows_heads_beside_chance(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = {
+        "genre": classification(rng.random((30, 3)), rng.integers(0, 3, 30), ["folk", "<b>rock", "ska"]),
+        "tags": tagging(rng.random((30, 2)), rng.integers(0, 2, (30, 2)), ["old", "slow"]),
+    }
+    evaluation = {"rows": 30, "retrieval": {}, "zero_shot": {}, "skipped_fields": {}, "labels": labels}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(tmp_path).read_text()
+    assert "genre by head" in page and "&lt;b&gt;rock" in page and "<b>rock" not in page
+    for score in (labels["genre"]["accuracy"], labels["tags"]["roc_auc"], labels["tags"]["chance_pr_auc"]):
+        assert percent(score) in page

@@ -134,7 +134,9 @@ def test_a_tower_starts_from_another_models_weights(tmp_path):
     assert str(tmp_path) not in (tmp_path / "tuned" / "config.json").read_text()
     spectrogram = finetune(str(tmp_path / "run" / "model"), "spectrogram")
     assert tuple(spectrogram.model.towers()) == ("spectrogram",)
-    other = replace(config, model=ModelConfig(audio=replace(config.model.audio, options={"width": 32, "heads": 2})))
+    other = replace(
+        config, model=ModelConfig(audio=replace(config.model.audio, options={"width": 32, "depth": 1, "heads": 2}))
+    )
     with pytest.raises(CheckpointError, match=r"model\.audio\.weights: .* do not fit.*size mismatch"):
         MultimodalModel(other)
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
