@@ -291,10 +291,10 @@ def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None
     else:
         print("\nNot scored: no --data.val was given")
     page = write_report(folder)
-    if {"text", "audio"} <= set(config.model.towers()):
-        use = "m.encode_text(['a slow waltz']) @ m.encode_audio(['YOUR_SONG.mp3']).T"
-    else:
-        use = "m.classify(['YOUR_SONG.mp3'])" if config.data.label_kinds() else "m.encode_audio(['YOUR_SONG.mp3'])"
+    modality, *others = config.model.towers()
+    use = f"m.{'classify' if config.data.label_kinds() else f'encode_{modality}'}(['YOUR_SONG.mp3'])"
+    if "text" in others:
+        use = f"m.encode_text(['a slow waltz']) @ {use}.T"
     print(
         f"\nModel   {folder / MODEL}\nPage    {page}\nNumbers {folder / 'metrics.jsonl'}\n\n"
         f"Next: open the page, or try the model:\n"
