@@ -10,7 +10,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from muser_dist.config import RunConfig
-from muser_dist.data.config import SourceConfig, read_sources
+from muser_dist.data.config import SourceConfig, read_label_values, read_sources
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.recipes import RECIPES, load_recipe
 
@@ -81,8 +81,59 @@ def _sources_from_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | No
     )
 
 
-def parse_run(arguments: list[str], program: str) -> RunConfig:
-    """RECIPE and --overrides to a named config.
+@_FILES.primitive_rule
+def _values_from_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Lets data.label_values be the name of a file, such as the labels.json of another run."""
+    if info.type != dict[str, tuple[str, ...]]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE.json",
+        instance_from_str=lambda files: read_label_values(files[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda values: [" ".join(values) or "none"],
+    )
+
+
+def recipe_start(name: str) -> tuple[str, RunConfig]:
+    """How pretraining begins: with a recipe, whose name the run gets."""
+    return name, load_recipe(name)
+
+
+_FLAGS = ("--dry-run", "--train.find-chunk", "--train.find_chunk", "--digest")
+
+
+def train_job(arguments: list[str], program: str, load: Callable[[str], tuple[str, RunConfig]] = recipe_start) -> None:
+    """Trains, or does what one of the flags asks for in place of it.
+
+    Args:
+        arguments: START [--field value ...] [--dry-run | --train.find-chunk | --digest].
+        program: its name in help.
+        load: of START, the beginning of the run's default name and the config that the fields override.
+
+    Raises:
+        MuserError: something is wrong that the user can mend.
+    """
+    config = parse_run([argument for argument in arguments if argument not in _FLAGS], program, load)
+    # After the options: importing torch takes seconds.
+    from muser_dist.train.launch import pretrain, print_chunk, print_digest
+
+    if "--dry-run" in arguments:
+        from muser_dist.train.dry_run import dry_run
+
+        print(dry_run(config))
+    elif "--train.find-chunk" in arguments or "--train.find_chunk" in arguments:
+        print_chunk(config)
+    elif "--digest" in arguments:
+        print_digest(config)
+    else:
+        pretrain(config, ["python", program, *arguments])
+
+
+def parse_run(
+    arguments: list[str], program: str, load: Callable[[str], tuple[str, RunConfig]] = recipe_start
+) -> RunConfig:
+    """START and --overrides to a named config; arguments as of `train_job`.
 
     Raises:
         ConfigError: no recipe was given, or there is none of that name.
@@ -100,16 +151,17 @@ def parse_run(arguments: list[str], program: str) -> RunConfig:
             sys.exit(0)
         near = get_close_matches(arguments[0].strip("-"), RECIPES, n=1) if arguments else []
         raise ConfigError(f"the first argument must be a recipe{f' ({near[0]}?)' if near else ''}\n{usage}")
-    recipe, *overrides = arguments
+    start, *overrides = arguments
+    name, default = load(start)
     config = tyro.cli(
         RunConfig,
-        default=load_recipe(recipe),
+        default=default,
         args=overrides,
-        prog=f"{program} {recipe}",
+        prog=f"{program} {start}",
         registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
-        description=f"Pretrains the recipe {recipe!r}. The same command again goes on where it stopped. "
+        description=f"Trains what {start!r} names. The same command again goes on where it stopped. "
         "With --dry-run it prints what the run would do and need, with --train.find-chunk the largest chunk that fits, "
         "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing.",
     )
-    return config.named(recipe)
+    return config.named(name)

@@ -17,6 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from muser_dist.data.config import DataConfig, Strict
 from muser_dist.errors import ConfigError, require
+from muser_dist.objectives.config import Feature, ObjectiveConfig
+from muser_dist.objectives.config import PairConfig as PairConfig
+from muser_dist.objectives.config import TemperatureConfig as TemperatureConfig
 from muser_dist.train.config import TrainConfig
 
 Modality = Literal["audio", "spectrogram", "text"]
@@ -84,94 +87,23 @@ class ModelConfig(Strict):
         """The towers that the model has, by modality, in the order of MODALITIES."""
         return {name: tower for name in MODALITIES if (tower := getattr(self, name)) is not None}
 
+    def with_absolute_weights(self) -> "ModelConfig":
+        """The same with whole paths to the weights that towers start with: workers run in other folders."""
+        towers: dict[str, Any] = {
+            name: replace(tower, weights=str(Path(tower.weights).resolve()))
+            for name, tower in self.towers().items()
+            if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
+        }
+        return replace(self, **towers)
+
     def __post_init__(self) -> None:
-        require(len(self.towers()) >= 2, "model has fewer than two towers; contrasting needs two modalities")
+        require(len(self.towers()) >= 1, "model has no tower; give it one for each modality, such as model.audio")
         require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
         for name, tower in self.towers().items():
             require(
                 tower.cache_rows == 0 or name == "text",
                 f"model.{name}.cache_rows: only texts come again as they were; leave it out",
             )
-
-
-@dataclass(frozen=True)
-class PairConfig(Strict):
-    first: Modality
-    """One modality of the pair."""
-    second: Modality
-    """The other one; both directions are trained."""
-    weight: float = 1.0
-    """Share of this pair in the loss; weights are divided by their sum."""
-
-
-@dataclass(frozen=True)
-class TemperatureConfig(Strict):
-    init: float = 0.07
-    """Temperature at the start; similarities are divided by it."""
-    learnable: bool = True
-    """Whether it is trained."""
-    minimum: float = 0.01
-    """Lowest temperature (similarities are multiplied by at most its inverse)."""
-    maximum: float = 100.0
-    """Highest temperature."""
-    shared: bool = False
-    """One temperature for all pairs instead of one for each."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.minimum <= self.init <= self.maximum,
-            f"objective.temperature: need 0 < minimum <= init <= maximum, not minimum {self.minimum}, "
-            f"init {self.init} and maximum {self.maximum}",
-        )
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig(Strict):
-    name: str = "contrastive"
-    """"contrastive" (symmetric InfoNCE), "decoupled", "sigmoid", "debiased", "similarity_weighted", "muser_poster",
-    "muser_code" (docs/objective.md), or your own objective as "package.module:function"."""
-    options: dict[str, float] = field(default_factory=dict)
-    """Further numbers of the objective, as NAME VALUE: "debiased" takes tau_plus and beta, "similarity_weighted"
-    kappa."""
-    pairs: tuple[PairConfig, ...] = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
-    """Modalities that are contrasted with each other."""
-    targets: Literal["instance", "same_text", "same_label"] = "same_text"
-    """What counts as a match: only the row itself, every row whose text states the same facts, or every row
-    with the same value of data.label."""
-    exclude_same_text: bool = False
-    """Leaves rows whose text states the same facts out of the negatives where they are no match."""
-    temperature: TemperatureConfig = TemperatureConfig()
-    """Temperature of the softmax."""
-    bias: float | None = None
-    """Start of a learned bias of all similarities, one for each pair; "sigmoid" needs it (SigLIP: -10)."""
-    normalise: bool = True
-    """Compares by cosine; without, by the dot product of the embeddings as they are (CLaMP 2 and 3)."""
-    dims: tuple[int, ...] = ()
-    """Trains these many leading dimensions of the embedding as embeddings of their own (Matryoshka)."""
-    bf16: bool = False
-    """Rounds embeddings to bfloat16 before they are gathered and compared: half of the traffic, and tensor cores.
-    Sums stay float32."""
-    gather_mib: int = 4096
-    """MiB of gathered embeddings that a worker may hold; above, blocks of them travel in a ring instead."""
-
-    def __post_init__(self) -> None:
-        require(len(self.pairs) > 0, "objective.pairs is empty; name at least one pair of modalities")
-        for pair in self.pairs:
-            require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
-            require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
-        named = [{pair.first, pair.second} for pair in self.pairs]
-        require(all(named.count(pair) == 1 for pair in named), "objective.pairs names a pair twice; give it a weight")
-        require(
-            self.name != "sigmoid" or self.bias is not None,
-            "objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10",
-        )
-        require(
-            self.bias is None or self.name == "sigmoid" or ":" in self.name,
-            f"objective.bias means nothing to {self.name!r}; only the sigmoid loss has one",
-        )
-        require(all(dim >= 1 for dim in self.dims), "objective.dims: a number of dimensions must be at least 1")
-        require(len(set(self.dims)) == len(self.dims), "objective.dims: numbers of dimensions must differ")
-        require(self.gather_mib >= 0, "objective.gather_mib must not be negative")
 
 
 @dataclass(frozen=True)
@@ -203,7 +135,7 @@ class RunConfig(Strict):
     """Decides initial weights, order, crops, templates and dropout."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and what becomes of a clip."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What the towers are trained for."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Workers, batch, optimizer, checkpoints."""
@@ -212,14 +144,26 @@ class RunConfig(Strict):
 
     def __post_init__(self) -> None:
         towers = self.model.towers()
+        supervised = self.objective.name == "supervised"
+        used: set[str] = set(towers) if supervised else set()
         for pair in self.objective.pairs:
             for name in (pair.first, pair.second):
+                tower_name = "audio" if name == "view" else name
                 require(
-                    name in towers,
-                    f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{name} is None; "
+                    tower_name in towers,
+                    f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{tower_name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
-        used = {name for pair in self.objective.pairs for name in (pair.first, pair.second)}
+                used.add(tower_name)
+        require(
+            not supervised or len(towers) == 1,
+            f'objective.name: "supervised" trains one tower, and the model has {", ".join(towers)}; leave one',
+        )
+        require(
+            supervised or ":" in self.objective.name or not self.data.label_kinds(),
+            f'data.classes and data.tags are learned by the objective "supervised", not by {self.objective.name!r}; '
+            "take the recipe muser_audio_only, or jobs/finetune.py",
+        )
         for name in towers:
             require(
                 name in used or ":" in self.objective.name,
@@ -254,6 +198,19 @@ class RunConfig(Strict):
         settings = {name: value for name, value in _leaves(to_dict(self)) if name not in OPERATIONAL}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return replace(self, name=f"{recipe.replace(':', '.')}-{digest[:8]}")
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What the model embeds in training: the modality of each tower, and "view" where a pair names it."""
+        views = any("view" in (pair.first, pair.second) for pair in self.objective.pairs)
+        return (*self.model.towers(), "view") if views else tuple(self.model.towers())
+
+    @property
+    def taking_part(self) -> tuple[tuple[str, str], ...]:
+        """Names of flags in a chunk: a row is used when both of any of these are set."""
+        pairs = [(pair.first, pair.second) for pair in self.objective.pairs]
+        labelled = [(name, "label") for name in self.model.towers() if self.data.label_kinds()]
+        return (*pairs, *labelled)
 
     @property
     def folder(self) -> Path:

@@ -61,6 +61,53 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     write_whole(folder / _CONFIG, json.dumps(content, indent=2))
 
 
+_INPUTS = {
+    "audio": ("audio", "audio_length"),
+    "spectrogram": ("audio", "audio_length"),
+    "text": ("text_ids", "text_length"),
+}
+"""By tower, the arrays of a chunk that it reads; spectrograms are made where the model is."""
+
+
+def exported_weights(folder: str | Path) -> Path:
+    """The weights of an exported model, which lie in its folder or in `model` of its run's.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    for path in (Path(folder) / _WEIGHTS, Path(folder) / "model" / _WEIGHTS):
+        if path.is_file():
+            return path
+    raise CheckpointError(f"{folder}: no {_WEIGHTS}; give the folder `model` that a finished run left behind")
+
+
+def exported_config(folder: Path) -> RunConfig:
+    """The config of an exported model; its tokenizer is the one in the folder, if that has files.
+
+    Args:
+        folder: holds config.json; a run's folder will do too.
+
+    Raises:
+        CheckpointError: there is none, or it is broken or of another format.
+    """
+    folder = exported_weights(folder).parent
+    path = folder / _CONFIG
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {_CONFIG}; give the folder `model` that a finished run left behind"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not an exported model of format {FORMAT}")
+    config = from_dict(content.get("config"), str(path))
+    if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
+        config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
+    return config
+
+
 class Muser:
     """Embeds audio and text into the joint space.
 
@@ -88,34 +135,60 @@ class Muser:
         Raises:
             CheckpointError: files are missing, broken, of another format or do not fit together.
         """
-        folder = Path(folder)
-        if not (folder / _WEIGHTS).is_file() and (folder / "model" / _WEIGHTS).is_file():
-            folder = folder / "model"
-        for name in (_WEIGHTS, _CONFIG):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}; give the folder `model` that a finished run left behind")
+        weights, config = exported_weights(folder), exported_config(Path(folder))
         try:
-            content = json.loads((folder / _CONFIG).read_text())
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise CheckpointError(f"{folder / _CONFIG}: not an exported model of format {FORMAT}")
-            config = from_dict(content.get("config"), str(folder / _CONFIG))
-            if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
-                config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
             model = MultimodalModel(config)
-            model.load_state_dict(load_file(folder / _WEIGHTS))
-        except (json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            model.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
         return cls(model, config, device)
 
     @property
     def dim(self) -> int:
-        """Dimensions of the joint space."""
-        return self.config.model.projection_dim
+        """Dimensions of embeddings."""
+        return self.model.dim
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """What the model can encode."""
         return tuple(self.config.model.towers())
+
+    @property
+    def label_values(self) -> dict[str, tuple[str, ...]]:
+        """By metadata field, the values that `classify` tells apart; empty where the model learned no labels."""
+        return dict(self.config.data.label_values)
+
+    def classify(self, clips: Sequence[Clip], sample_rate: int | None = None) -> dict[str, np.ndarray]:
+        """What the model's heads say of clips, or of sentences where it reads texts.
+
+        Args:
+            clips, sample_rate: as of `encode_audio`; of longer clips the middle crop is heard.
+
+        Returns:
+            probabilities by metadata field: (len(clips), values) float32, in the order of `label_values`. Those of a
+            field in config.data.classes sum to 1; those of tags are each for itself.
+
+        Raises:
+            ConfigError: the model has no such heads.
+            DataError: as of `encode_audio`.
+        """
+        if isinstance(clips, (str, Path, bytes, np.ndarray)):
+            raise TypeError("classify takes a list; wrap the one you have in [ ]")
+        name = self.modalities[0]
+        width: int = self.model.towers[name].width  # type: ignore[assignment]
+        features = [np.zeros((0, width), np.float32)]
+        for part in _batches(clips, self.window_batch):
+            arrays = self._read(part) if name == "text" else self._middles(part, sample_rate)
+            features.append(self._forward(name, arrays)[1])
+        return self.classify_features(np.concatenate(features))
+
+    def classify_features(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """`classify` of (n, width) outputs of the tower that the heads read, as `encode_chunk` gives them."""
+        if not self.label_values:
+            raise ConfigError("this model tells no labels apart; train one with jobs/finetune.py")
+        with torch.inference_mode():
+            said = self.model.label_probabilities(torch.tensor(features, device=self.device))
+        return {name: probabilities.cpu().numpy() for name, probabilities in said.items()}
 
     @cached_property
     def sha256(self) -> str:
@@ -169,12 +242,8 @@ class Muser:
         """Embeds sentences: (len(sentences), dim) float32 of unit length."""
         if isinstance(sentences, str):
             raise TypeError("encode_text takes a list of sentences; wrap the one you have in [ ]")
-
-        parts = [np.zeros((0, self.dim), np.float32)]
-        for part in _batches(sentences, self.config.train.chunk):
-            ids, lengths = self._tokenizer(part)
-            parts.append(self._forward("text", {"text_ids": ids, "text_length": lengths})[0])
-        return np.concatenate(parts)
+        parts = [self._forward("text", self._read(part))[0] for part in _batches(sentences, self.config.train.chunk)]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
@@ -183,8 +252,7 @@ class Muser:
 
     def encode_chunk(self, modality: Modality, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Embeds one chunk: as `encode_chunks`, and the tower's output before its head, (rows, width) float32."""
-        names = ("text_ids", "text_length") if modality == "text" else ("audio", "audio_length")
-        return self._forward(modality, {name: chunk[name] for name in names})
+        return self._forward(modality, {name: chunk[name] for name in _INPUTS[modality]})
 
     def search(self, query: "str | Clip", index: "Index", k: int = 10, modality: Modality | None = None) -> "list[Hit]":
         """The rows of an index that are nearest to a query by cosine.
@@ -238,6 +306,15 @@ class Muser:
             arrays = {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
             np.add.at(sums, list(numbers), self._forward(modality, arrays)[0])
         return unit_rows(sums, "the clips' embeddings").astype(np.float32)
+
+    def _read(self, sentences: Sequence[Any]) -> dict[str, np.ndarray]:
+        ids, lengths = self._tokenizer(list(sentences))
+        return {"text_ids": ids, "text_length": lengths}
+
+    def _middles(self, clips: Sequence[Clip], sample_rate: int | None) -> dict[str, np.ndarray]:
+        heard = (next(self._hear(clip, sample_rate, "middle", self.config.data.crop_seconds)) for clip in clips)
+        waveforms, lengths = zip(*heard, strict=True)
+        return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
 
     def _hear(
         self, clip: Clip, sample_rate: int | None, windows: Windows, hop_seconds: float

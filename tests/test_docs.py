@@ -115,6 +115,8 @@ def test_every_command_of_the_page_names_options_that_exist(page):
     assert commands
     helps: dict[tuple[str, str], str] = {}
     for job, subject, arguments in commands:
+        if job == "jobs/finetune.py":
+            subject = "tiny"  # in place of a run's folder
         if (job, subject) not in helps:
             done = subprocess.run(
                 [sys.executable, job, subject, "--help"], cwd=ROOT, capture_output=True, text=True, check=True

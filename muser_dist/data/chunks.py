@@ -10,16 +10,20 @@ A chunk is a dict of arrays, one Arrow row and one block:
     row, epoch       int64 (c,)      number of the row in the sorted shards, pass; -1 is padding
     key, shard       str   (c,)
     source           str   (c,)      name of the source
-    crop             float64 (c,)    where the crop lies in the clip: 0 is its head, 1 its tail
-    valid_<modality> bool  (c,)      for each modality of the model
+    crop             float64 (c,)    where the crop lies in the clip: 0 is its head, 1 its tail; of two views (c, 2)
+    valid_<modality> bool  (c,)      for each modality of the model, and for "view" where it is asked for
     audio            int16 (c, samples), where a tower or the front end on the worker needs it
     audio_length     int32 (c,)      samples before the padding
+    view             int16 (c, samples), where a pair names it: another crop, drawn and augmented apart
+    view_length      int32 (c,)
     spectrogram      float16 (c, 1, mels, frames), where tasks make it
     text             str   (c,)
-    text_ids         int32 (c, max_tokens)
+    text_ids         int32 (c, max_tokens), where a tower reads texts; and so is text_length
     text_length      int32 (c,)
     text_id          int64 (c,)      which texts state the same facts; -1 where there is none
     label_id         int64 (c,)      which rows have the same value of data.label; -1 where there is none
+    label/<field>    int64 (c,) or int8 (c, values), of each field that is learned: see `Labels.empty`
+    valid_label      bool  (c,)      has a label in one of those fields, where there are any
     in_val           bool  (c,)      same audio or same title as a validation row
     fields           str   (c,)      metadata as JSON; in evaluation only
     problems         list of str     JSON entries for the quarantine
@@ -31,19 +35,21 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from muser_dist.config import ModelConfig
-from muser_dist.data.config import DataConfig, SourceConfig
+from muser_dist.config import RunConfig
+from muser_dist.data.config import SourceConfig
 from muser_dist.data.decoder import Crop, decoder
+from muser_dist.data.labels import Labels
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
-from muser_dist.data.text import TextPolicy, flat, load_tokenizer, one_line, read_fields, text_id
+from muser_dist.data.text import TextPolicy, flat, joined, load_tokenizer, read_fields, text_id
 from muser_dist.errors import DataError
 
 Chunk = dict[str, Any]
@@ -69,14 +75,26 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a chunk will hold, known without decoding it: (c,) each."""
+    """What a chunk will hold, known without decoding it.
+
+    Attributes:
+        crops: (c, 1) or, with a second view, (c, 2): where crops lie in their clips.
+        draws: of each row, the source of its other random choices.
+        view_seeds: (c,) of the second view's augmentation.
+    """
 
     step: int
     chunk: int
     rows: Rows
     found: list[Row | None]
-    crop: np.ndarray
+    crops: np.ndarray
     draws: list[np.random.Generator | None]
+    view_seeds: list[int]
+
+    @property
+    def crop(self) -> np.ndarray:
+        """The crops as chunks have them: (c,) where there is one of each row."""
+        return self.crops[:, 0] if self.crops.shape[1] == 1 else self.crops
 
     @property
     def keys(self) -> list[str]:
@@ -101,8 +119,8 @@ class ChunkReader:
         rows: reads single rows.
         plan: their order.
         sources: names and templates.
-        data: how clips and texts are treated.
-        model: its modalities; each gets its valid flag.
+        config: how clips and texts are treated; the model's modalities, each of which gets its valid flag; whether a
+            second view is wanted, which evaluation has no use for.
         chunk: rows in a chunk (c).
         chunks_per_step: chunks in a global batch (K); `for_workers` pads them.
         val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
@@ -113,8 +131,7 @@ class ChunkReader:
         rows: RowReader,
         plan: Plan,
         sources: Sequence[SourceConfig],
-        data: DataConfig,
-        model: ModelConfig,
+        config: RunConfig,
         chunk: int,
         chunks_per_step: int,
         val_ids: np.ndarray,
@@ -122,9 +139,11 @@ class ChunkReader:
         self.rows = rows
         self.plan = plan
         self.sources = sources
-        self.data = data
-        self.model = model
-        self.modalities = tuple(model.towers())
+        self.data = config.data
+        self.model = config.model
+        self.features = config.features if plan.shuffle else tuple(config.model.towers())
+        self.second_view = "view" in self.features
+        self.reads_text = "text" in self.features or config.objective.reads_text
         self.chunk = chunk
         self.chunks_per_step = chunks_per_step
         self.slots_per_step = chunks_per_step
@@ -133,7 +152,7 @@ class ChunkReader:
     @property
     def chunk_bytes(self) -> int:
         """About the size of a chunk: that of its waveforms, which spectrograms in their place do not reach."""
-        return 2 * self.chunk * self.data.crop_samples
+        return 2 * self.chunk * self.data.crop_samples * (1 + self.second_view)
 
     def for_workers(self, workers: int) -> "ChunkReader":
         """The same chunks, for so many workers: with steps padded to a multiple of them."""
@@ -149,16 +168,20 @@ class ChunkReader:
             rows = self.plan.rows(start, start + self.chunk)
         else:
             rows = Rows.padding(self.chunk)
-        crop, found, draws = np.full(self.chunk, 0.5), [], []
+        crops, found, draws = np.full((self.chunk, 1 + self.second_view), 0.5), [], []
+        view_seeds = [0] * self.chunk
         for i, (epoch, index, shard, number) in enumerate(
             zip(rows.epoch.tolist(), rows.index.tolist(), rows.shard.tolist(), rows.row.tolist(), strict=True)
         ):
             found.append(self.rows.row(shard, number) if index >= 0 else None)
             rng = self.plan.rng(epoch, index) if self.plan.shuffle and index >= 0 else None
             if rng:
-                crop[i] = rng.random()
+                crops[i, 0] = rng.random()
+            if rng and self.second_view:
+                of_view = self.plan.view_rng(epoch, index)
+                crops[i, 1], view_seeds[i] = of_view.random(), int(of_view.integers(2**63))
             draws.append(rng)
-        return Outline(step, chunk, rows, found, crop, draws)
+        return Outline(step, chunk, rows, found, crops, draws, view_seeds)
 
     def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
         """Yields the chunks of these slots."""
@@ -185,16 +208,23 @@ class ChunkReader:
 
         return make
 
+    @cached_property
+    def _labels(self) -> Labels:
+        return Labels(self.data)
+
     def _decode(self, outline: Outline) -> Chunk:
         c, data = self.chunk, self.data
         waveforms = np.empty((c, data.crop_samples), np.int16)
-        lengths, text_ids, label_ids = np.zeros(c, np.int32), np.full(c, -1, np.int64), np.full(c, -1, np.int64)
-        heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
+        text_ids, label_ids = np.full(c, -1, np.int64), np.full(c, -1, np.int64)
+        heard, stated, labelled, in_val = (np.zeros(c, bool) for _ in range(4))
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
         crops: dict[int, Crop] = {}
+        labels = self._labels.empty(c)
         policies = [TextPolicy(data, source.templates or data.templates) for source in self.sources]
-        hears = "audio" in self.modalities or "spectrogram" in self.modalities
+        hears = "audio" in self.features or "spectrogram" in self.features
+        needs_metadata = "text" in self.features or bool(labels)
+        reads_metadata = needs_metadata or self.reads_text or data.label or len(self.val_ids) or not self.plan.shuffle
 
         def report(i: int, member: str, error: Exception) -> None:
             reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
@@ -220,33 +250,46 @@ class ChunkReader:
                     sound = row.sound()
                     if len(self.val_ids):
                         ids.append(file_id(sound))
-                    crops[i] = Crop(sound, float(outline.crop[i]), seed)
+                    crops[i] = Crop(sound, float(outline.crops[i, 0]), seed)
                 except Exception as error:  # whatever it is, one row must not end the run
                     report(i, row.audio or "", error)
+            if not reads_metadata:
+                continue
             try:
                 metadata, text = row.read("json"), row.read("txt")
-                if metadata is None and text is None:
+                if metadata is None and text is None and needs_metadata:
                     raise DataError("no .json and no .txt member")
                 values = read_fields(metadata, text)
                 if len(self.val_ids):
                     in_val[i] = np.isin([*ids, *title_id(values)], self.val_ids).any()
                 if not self.plan.shuffle:
-                    fields[i] = json.dumps(one_line(values))
-                if data.label and (label := flat(values).get(data.label)):
+                    fields[i] = json.dumps(flat(values))
+                if data.label and (label := joined(values).get(data.label)):
                     label_ids[i] = text_id({data.label: label})
-                sentences[i], facts = policies[outline.rows.source[i]].say(values, rng)
-                text_ids[i] = text_id(facts)
-                stated[i] = True
+                labelled[i] = self._labels.put(labels, i, values)
+                if self.reads_text:
+                    with nullcontext() if "text" in self.features else suppress(DataError):
+                        sentences[i], facts = policies[outline.rows.source[i]].say(values, rng)
+                        text_ids[i] = text_id(facts)
+                        stated[i] = True
+                if labels and not labelled[i]:
+                    raise DataError(f"no label: it has no known value of {', '.join(data.label_kinds())}")
             except Exception as error:
-                report(i, "json" if "json" in row.extensions else "", error)
-        for i, length in decoder(data).decode(crops, waveforms).items():
-            if isinstance(length, DataError):
-                row = outline.found[i]
-                report(i, row.audio or "" if row else "", length)
-            else:
-                lengths[i], heard[i] = length, True
-        waveforms[~heard] = 0
-        token_ids, token_counts = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
+                if needs_metadata:
+                    report(i, "json" if "json" in row.extensions else "", error)
+
+        def hear(crops: dict[int, Crop], waveforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            lengths, heard = np.zeros(c, np.int32), np.zeros(c, bool)
+            for i, length in decoder(data).decode(crops, waveforms).items():
+                if isinstance(length, DataError):
+                    row = outline.found[i]
+                    report(i, row.audio or "" if row else "", length)
+                else:
+                    lengths[i], heard[i] = length, True
+            waveforms[~heard] = 0
+            return lengths, heard
+
+        lengths, heard = hear(crops, waveforms)
         chunk: Chunk = {
             "step": np.int64(outline.step),
             "chunk": np.int64(outline.chunk),
@@ -258,8 +301,6 @@ class ChunkReader:
             "crop": outline.crop,
             "audio_length": lengths,
             "text": sentences,
-            "text_ids": token_ids,
-            "text_length": token_counts,
             "text_id": text_ids,
             "label_id": label_ids,
             "in_val": in_val,
@@ -268,11 +309,23 @@ class ChunkReader:
         }
         if self._front_end:
             chunk["spectrogram"] = self._front_end(waveforms)
-        if "audio" in self.modalities or not self._front_end:
+        if "audio" in self.features or not self._front_end:
             chunk["audio"] = waveforms
-        for modality in self.modalities:
+        if self.second_view:
+            # Of clips whose first crop could not be had, nothing is tried again.
+            views = {
+                i: Crop(crop.sound, float(outline.crops[i, 1]), outline.view_seeds[i])
+                for i, crop in crops.items()
+                if heard[i]
+            }
+            chunk["view"] = np.empty_like(waveforms)
+            chunk["view_length"], chunk["valid_view"] = hear(views, chunk["view"])
+        if "text" in self.features:
+            tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
+            chunk["text_ids"], chunk["text_length"] = tokenizer(sentences)
+        for modality in self.model.towers():
             chunk[f"valid_{modality}"] = stated if modality == "text" else heard
-        return chunk
+        return chunk | labels | ({"valid_label": labelled} if labels else {})
 
     def _entry(self, outline: Outline, i: int, **fields: Any) -> str:
         """An entry for the quarantine about a row of the chunk, as JSON."""

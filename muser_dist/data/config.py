@@ -1,7 +1,7 @@
 """DataConfig: everything that a run's config says about shards, clips and texts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,22 @@ def read_sources(path: str) -> tuple[SourceConfig, ...]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"data.sources: {path} is no JSON: {error}") from None
+
+
+def read_label_values(path: str) -> dict[str, tuple[str, ...]]:
+    """The values by field that a JSON file lists: {"genre": ["folk", "ska"], ...}.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else.
+    """
+    try:
+        return TypeAdapter(dict[str, tuple[str, ...]]).validate_python(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise ConfigError(f"data.label_values: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # ValidationError is one
+        raise ConfigError(
+            f'data.label_values: {path}: {str(error).splitlines()[0]}; the file holds {{"FIELD": ["value", "value"]}}'
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,18 @@ class DataConfig(Strict):
     """Where a value is an object {language: text}, the languages that are drawn from; all when empty."""
     label: str = ""
     """Metadata field whose value is a row's label, for objective.targets "same_label"."""
+    classes: tuple[str, ...] = ()
+    """Metadata fields of which a row has one value, such as genre, for objective "supervised": softmax cross-entropy.
+    Rows that lack a field, or have several values of it, take no part in its loss."""
+    tags: tuple[str, ...] = ()
+    """Metadata fields with lists of values, such as tags, for objective "supervised": binary cross-entropy on each
+    value. Rows that lack a field take no part in its loss."""
+    label_values: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """By field of `classes` and `tags`, the values that are told apart: a JSON file such as {"genre": ["folk", "ska"]}.
+    Of fields that it does not name they are found in the training metadata (labels.json in the run's folder)."""
+    train_share: float = 1.0
+    """Share of the training rows to train on, for few-shot curves: a random subset of each shard, which depends on
+    the seed alone, and on all machines and numbers of workers alike."""
     tokenizer: str = "words"
     """"words" (hashed words, needs no files) or a Hugging Face tokenizer: local path or name."""
     vocabulary: int = 16_384
@@ -157,6 +185,10 @@ class DataConfig(Strict):
         """Samples in a crop."""
         return round(self.sample_rate * self.crop_seconds)
 
+    def label_kinds(self) -> dict[str, Literal["class", "tags"]]:
+        """The fields that are learned, and whether a row has one or any number of their values."""
+        return {**dict.fromkeys(self.classes, "class"), **dict.fromkeys(self.tags, "tags")}
+
     def training_sources(self) -> tuple[SourceConfig, ...]:
         """The sources of training: `sources`, or `train` as the only one."""
         return self.sources or ((SourceConfig("train", self.train),) if self.train else ())
@@ -173,6 +205,12 @@ class DataConfig(Strict):
         for name in ("field_dropout", "line_dropout"):
             require(0 <= getattr(self, name) < 1, f"data.{name} is a probability below 1")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share is a share; give 0 to 1")
+        require(0 < self.train_share <= 1, "data.train_share is a share; give more than 0 and at most 1")
+        fields = (*self.classes, *self.tags)
+        require(len(set(fields)) == len(fields), f"data.classes and data.tags name a field twice: {', '.join(fields)}")
+        for name, values in self.label_values.items():
+            require(name in fields, f"data.label_values names {name}, which is not in data.classes or data.tags")
+            require(len(values) > 0, f"data.label_values has no value of {name}")
         require(not (self.train and self.sources), "data: give `train` or `sources`, not both")
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), f"data.sources: names must differ, not {', '.join(names)}")

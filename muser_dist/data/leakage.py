@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from muser_dist.data.tar import Stored
-from muser_dist.data.text import flat, normal_form
+from muser_dist.data.text import joined, normal_form
 
 # Enough of a file to tell it from others; hashing all of it would cost a tenth of decoding it.
 _PROBE_BYTES = 4096
@@ -27,7 +27,7 @@ def title_id(fields: Mapping[str, Any]) -> list[int]:
 
     Without an artist, works of the same title count as the same; without a title there is none.
     """
-    lines = flat({name: fields[name] for name in ("title", "artist") if name in fields})
+    lines = joined({name: fields[name] for name in ("title", "artist") if name in fields})
     if "title" not in lines:
         return []
     return [_id(b"title", *(normal_form(lines.get(name, "")).encode() for name in ("title", "artist")))]

@@ -54,13 +54,13 @@ def training_reader(
         config.seed,
         data.window_shards,
         shuffle=True,
+        share=data.train_share,
     )
     return ChunkReader(
         RowReader(ShardIndex.join(list(indices)), storage, kept=2 * data.window_shards * len(sources)),
         plan,
         sources,
-        data,
-        config.model,
+        config,
         chunk=config.train.chunk,
         chunks_per_step=config.train.chunks_per_step,
         val_ids=np.zeros(0, np.int64) if val_ids is None else val_ids,
@@ -75,10 +75,10 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage, fi
     size = config.train.chunk
     plan = Plan([index.rows], [1.0], size, config.seed, config.data.window_shards, shuffle=False)
     # Waveforms come along whatever training does: the towers make their spectrograms themselves.
-    data = replace(config.data, spectrogram_on="device")
+    config = replace(config, data=replace(config.data, spectrogram_on="device"))
     source = SourceConfig("val", config.data.val)
     nothing = np.zeros(0, np.int64)
-    reader = ChunkReader(RowReader(index, storage), plan, [source], data, config.model, size, 1, nothing)
+    reader = ChunkReader(RowReader(index, storage), plan, [source], config, size, 1, nothing)
     yield from reader.read(range(first, -(-min(plan.total, config.evaluate.rows) // size)))
 
 

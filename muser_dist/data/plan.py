@@ -45,18 +45,38 @@ class Epochs:
     An epoch is a sequence of windows of permuted shards, with the rows permuted inside each;
     epochs are joined end to end, and each row occurs once in each.
 
+    With a share below 1 an epoch holds that share of the rows alone, always the same ones: the first of a random
+    order of each shard's rows, so that a larger share holds those of a smaller one (but for rounding, which is
+    evened out over the shards).
+
     Args:
         shard_rows: (shards,) int64, the rows of each shard.
         seed: decides the order.
         source: number of the source; two sources of the same size have different orders.
         window_shards: shards in a window.
         shuffle: whether the order is shuffled, and endless.
+        share: of the rows that epochs hold, where they are shuffled.
+
+    Attributes:
+        total: rows in all shards.
+        length: rows in an epoch; at least 1.
     """
 
-    def __init__(self, shard_rows: np.ndarray, seed: int, source: int, window_shards: int, shuffle: bool) -> None:
-        self.shard_rows = shard_rows
+    def __init__(
+        self,
+        shard_rows: np.ndarray,
+        seed: int,
+        source: int,
+        window_shards: int,
+        shuffle: bool,
+        share: float = 1.0,
+    ) -> None:
         self.first = np.concatenate([[0], np.cumsum(shard_rows)])
         self.total = int(self.first[-1])
+        # By shards' ends, not by shards: of many small ones each would round to nothing.
+        p, q = Fraction(str(share)).as_integer_ratio()
+        self.kept = shard_rows if p == q else np.diff([-(-end * p // q) for end in self.first.tolist()])
+        self.length = int(self.kept.sum())
         self.seed = seed
         self.source = source
         self.window_shards = window_shards
@@ -75,7 +95,7 @@ class Epochs:
             return np.where(index < self.total, 0, -1), np.where(index < self.total, index, -1)
         epochs, indices = [], []
         while start < stop:
-            epoch, within = divmod(start, self.total)
+            epoch, within = divmod(start, self.length)
             _, window_starts = self._epoch(epoch)
             window = int(np.searchsorted(window_starts, within, side="right")) - 1
             permuted = self._window(epoch, window)
@@ -88,15 +108,23 @@ class Epochs:
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the shards, and the position in the epoch at which each window begins."""
-        order = np.random.default_rng([self.seed, 10 * self.source + 1, epoch]).permutation(len(self.shard_rows))
-        window_rows = np.add.reduceat(self.shard_rows[order], np.arange(0, len(order), self.window_shards))
+        order = np.random.default_rng([self.seed, 10 * self.source + 1, epoch]).permutation(len(self.kept))
+        window_rows = np.add.reduceat(self.kept[order], np.arange(0, len(order), self.window_shards))
         return order, np.concatenate([[0], np.cumsum(window_rows)[:-1]])
 
     def _permute_window(self, epoch: int, window: int) -> np.ndarray:
         order, _ = self._epoch(epoch)
         shards = order[window * self.window_shards : (window + 1) * self.window_shards]
-        indices = np.concatenate([np.arange(self.first[shard], self.first[shard + 1]) for shard in shards])
+        indices = np.concatenate([self._rows(int(shard)) for shard in shards])
         return np.random.default_rng([self.seed, 10 * self.source + 2, epoch, window]).permutation(indices)
+
+    def _rows(self, shard: int) -> np.ndarray:
+        """The rows of a shard that epochs hold."""
+        rows = np.arange(self.first[shard], self.first[shard + 1])
+        if self.kept[shard] == len(rows):
+            return rows
+        chosen = np.random.default_rng([self.seed, 10 * self.source + 3, shard]).permutation(rows)
+        return np.sort(chosen[: self.kept[shard]])
 
 
 def apportion(weights: Sequence[Fraction], total: int) -> list[int]:
@@ -125,7 +153,7 @@ class Plan:
         sources: the row counts of the shards of each source.
         weights: the share of each source, in any unit.
         batch: rows in a global batch (N).
-        seed, window_shards, shuffle: as of `Epochs`.
+        seed, window_shards, shuffle, share: as of `Epochs`.
 
     Raises:
         ConfigError: a source's share of a batch is less than a row.
@@ -139,9 +167,10 @@ class Plan:
         seed: int,
         window_shards: int,
         shuffle: bool,
+        share: float = 1.0,
     ) -> None:
-        self._arguments = (list(sources), list(weights), batch, seed, window_shards, shuffle)
-        self.sources = [Epochs(rows, seed, i, window_shards, shuffle) for i, rows in enumerate(sources)]
+        self._arguments = (list(sources), list(weights), batch, seed, window_shards, shuffle, share)
+        self.sources = [Epochs(rows, seed, i, window_shards, shuffle, share) for i, rows in enumerate(sources)]
         exact = [Fraction(str(weight)) for weight in weights]
         self.weights = [weight / sum(exact) for weight in exact]
         if min(self.weights) * batch < 1:
@@ -180,6 +209,10 @@ class Plan:
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """The source of all random choices for one row in one epoch: crop, template, augmentation."""
         return np.random.default_rng([self.seed, 3, epoch, index])
+
+    def view_rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The same for the row's second view: apart, so that asking for it changes nothing else."""
+        return np.random.default_rng([self.seed, 5, epoch, index])
 
     def _mix(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, row number and source of each row of a global batch."""

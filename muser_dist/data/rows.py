@@ -38,6 +38,20 @@ class Row:
     _members: dict[str, Member] | None = None
     _file: BinaryIO | None = None
 
+    @classmethod
+    def of(cls, shard: str, sample: Sample, file: BinaryIO | None) -> "Row":
+        """The row that a sample of an open shard is."""
+        # The last extension decides, so that stems with dots ("01. Song.mp3") find their members.
+        # Among several, the one that has no other extension before it.
+        members = {extension.rpartition(".")[2]: member for extension, member in sample.members.items()}
+        members |= sample.members
+        sounds = [name for name in sample.members if name.rpartition(".")[2] in EXTENSIONS]
+        problem = sample.problem
+        if problem is None and len(sounds) > 1:
+            problem = f"several audio members ({', '.join(sounds)}); a key ends at the first dot of the file name"
+        audio = sounds[0].rpartition(".")[2] if sounds else None
+        return cls(shard, sample.key, sample.offset, audio, problem, members, file)
+
     @property
     def extensions(self) -> list[str]:
         """Extensions of its members."""
@@ -100,17 +114,7 @@ class RowReader:
         opened = self._open(url)
         if number >= len(opened.samples):
             return Row(name, problem=opened.end)
-        sample = opened.samples[number]
-        # The last extension decides, so that stems with dots ("01. Song.mp3") find their members.
-        # Among several, the one that has no other extension before it.
-        members = {extension.rpartition(".")[2]: member for extension, member in sample.members.items()}
-        members |= sample.members
-        sounds = [name for name in sample.members if name.rpartition(".")[2] in EXTENSIONS]
-        problem = sample.problem
-        if problem is None and len(sounds) > 1:
-            problem = f"several audio members ({', '.join(sounds)}); a key ends at the first dot of the file name"
-        audio = sounds[0].rpartition(".")[2] if sounds else None
-        return Row(name, sample.key, sample.offset, audio, problem, members, opened.file)
+        return Row.of(name, opened.samples[number], opened.file)
 
     def _open(self, url: str) -> _Shard:
         key: object = url

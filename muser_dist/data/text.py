@@ -70,12 +70,12 @@ class TextPolicy:
                 return ""
             value = value[languages[int(rng.integers(len(languages))) if rng else 0]]
         if isinstance(value, list):
-            return [sentence for entry in value if (sentence := _one_line(str(entry)))]
+            return [sentence for entry in value if (sentence := one_line(str(entry)))]
         lines = [line for line in str(value).splitlines() if line.strip()]
         if rng and self.config.line_dropout and len(lines) > 1:
             kept = rng.random(len(lines)) >= self.config.line_dropout
             lines = [line for line, keep in zip(lines, kept, strict=True) if keep] or lines
-        return _one_line(" ".join(lines))
+        return one_line(" ".join(lines))
 
 
 def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, Any]:
@@ -119,24 +119,25 @@ def _plain(value: Any) -> Value:
     return plain if plain.strip() else ""
 
 
-def _one_line(value: str) -> str:
+def one_line(value: str) -> str:
+    """The value without line breaks and repeated spaces."""
     return " ".join(value.split())
 
 
-def one_line(values: Mapping[str, Any]) -> dict[str, Value]:
+def flat(values: Mapping[str, Any]) -> dict[str, Value]:
     """The fields with each value, or each entry of a list, as one line; without those that differ by language."""
     lines: dict[str, Value] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            lines[name] = [line for entry in value if (line := _one_line(entry))]
+            lines[name] = [line for entry in value if (line := one_line(entry))]
         elif not isinstance(value, dict):
-            lines[name] = _one_line(value)
+            lines[name] = one_line(value)
     return {name: line for name, line in lines.items() if line}
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, str]:
-    """As `one_line`, with lists joined."""
-    return {n: value if isinstance(value, str) else ", ".join(value) for n, value in one_line(values).items()}
+def joined(values: Mapping[str, Any]) -> dict[str, str]:
+    """As `flat`, with lists joined."""
+    return {n: value if isinstance(value, str) else ", ".join(value) for n, value in flat(values).items()}
 
 
 def check_templates(templates: tuple[str, ...], setting: str = "data.templates") -> None:

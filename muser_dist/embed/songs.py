@@ -26,7 +26,7 @@ from muser_dist.data.config import DataConfig
 from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.rows import FileReader, Row, RowReader
 from muser_dist.data.tar import Stored
-from muser_dist.data.text import TextPolicy, flat, read_fields
+from muser_dist.data.text import TextPolicy, joined, read_fields
 from muser_dist.data.windows import Windows
 from muser_dist.errors import DataError
 from muser_dist.muser import Muser
@@ -132,7 +132,7 @@ class SongReader:
             if metadata is None and text is None:
                 raise DataError("no .json and no .txt member")
             values = read_fields(metadata, text)
-            lines = flat(values)
+            lines = joined(values)
             told["fields"] = {name: lines[name] for name in self.wanted.fields if name in lines}
             if "text" in self.wanted.modalities:
                 told["text"], _ = self._policy.say(values, None)

@@ -111,7 +111,7 @@ def _charts(recorded: list[str]) -> list[_Chart]:
         waiting = _Chart("Waiting for data", "share of time", {"": "wait_share"}, show=percent)
     return [
         _Chart("Loss", "nats; 0 is perfect where the entropy is taken off", whole),
-        _Chart("Loss by pair", "nats", parts("loss")),
+        _Chart("Loss by pair or field", "nats", parts("loss")),
         _Chart(
             "Temperature",
             "similarities are divided by it",

@@ -7,17 +7,19 @@ from typing import Any, Literal
 import numpy as np
 
 from muser_dist.config import RunConfig
+from muser_dist.data.labels import LABEL, Labels
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ConfigError, DataError
-from muser_dist.evaluate.classification import predict
+from muser_dist.evaluate.classification import multi_label, predict, single_label
 from muser_dist.evaluate.comparison import PerRow
 from muser_dist.evaluate.embedding import Embedded, Encoder, embed
-from muser_dist.evaluate.fields import Labels, read_labels
+from muser_dist.evaluate.fields import FieldLabels, read_labels
 from muser_dist.evaluate.geometry import geometry
 from muser_dist.evaluate.probes import Kind, few_shot, probe
 from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, score_ranks
 from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, robustness, zero_shot
+from muser_dist.muser import Muser
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def score(
     Returns:
         What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
         direction; "zero_shot" and "tagging", by field and modality; "robustness" to wording likewise, where two
-        templates can say the field; "geometry"; "skipped_fields" with reasons. With training rows also "probes" by
-        field, modality and kind, "few_shot" by field and modality, "probes_on" and "train_rows".
+        templates can say the field; "geometry"; "skipped_fields" with reasons. "probes" by field, modality and
+        kind: "head" for what a model's own heads say, and with training rows those that were fitted on them. With these
+        also "few_shot" by field and modality, "probes_on" and "train_rows".
 
     Raises:
         DataError: there is no usable row, an embedding is not finite, or the model hears nothing.
@@ -138,12 +141,14 @@ def score(
             continue
         for name in sounds:
             _zero_shot(result, per_row, field, name, test, labels, prompts)
+    if isinstance(model, Muser) and model.label_values:
+        _heads(result, per_row, model, test)
     if train is not None:
         _probe(result, per_row, config.evaluate.fields, test, train, probing or Probing(), progress)
     return result
 
 
-def _unfit(labels: Labels) -> str | None:
+def _unfit(labels: FieldLabels) -> str | None:
     """Why a field cannot be scored."""
     if len(labels.classes) < (1 if labels.tags else 2):
         return f"{len(labels.classes)} different values in the data"
@@ -156,7 +161,7 @@ def _zero_shot(
     field: str,
     name: str,
     test: Embedded,
-    labels: Labels,
+    labels: FieldLabels,
     prompts: np.ndarray,
 ) -> None:
     use = test.valid[name] if not labels.tags else test.valid[name] & labels.known[0]
@@ -187,7 +192,7 @@ def _probe(
     of_test, of_train = (getattr(rows, probing.on) for rows in (test, train))
     if not all(of_test[name].shape[1] for name in sounds):
         raise ConfigError("the model does not say what its towers put out before their heads; give --probe-on joint")
-    result |= {"probes": {}, "few_shot": {}, "probes_on": probing.on, "train_rows": len(train)}
+    result |= {"few_shot": {}, "probes_on": probing.on, "train_rows": len(train)}
     for number, field in enumerate(fields):
         if progress:
             progress(number, len(fields))
@@ -205,7 +210,7 @@ def _probe(
             arrays = of_train[name][seen], labels.sets[1][seen], of_test[name][scored], labels.sets[0][scored]
             for kind in probing.kinds:
                 figures, scores = probe(kind, *arrays, labels.classes)
-                result["probes"].setdefault(field, {}).setdefault(name, {})[kind] = figures
+                result.setdefault("probes", {}).setdefault(field, {}).setdefault(name, {})[kind] = figures
                 rows = np.flatnonzero(scored), _results(scores, labels.sets[0][scored])
                 per_row[f"{kind} probe {field} by {name}"] = rows
             if probing.seeds:
@@ -213,6 +218,28 @@ def _probe(
                 result["few_shot"].setdefault(field, {})[name] = curve
     if progress:
         progress(len(fields), len(fields))
+
+
+def _heads(result: dict[str, Any], per_row: PerRow, model: Muser, test: Embedded) -> None:
+    """What a model's own heads say, beside the probes."""
+    name, labels = model.model.labelled, Labels(model.config.data)
+    truth = labels.empty(len(test))
+    for row, values in enumerate(test.fields):
+        labels.put(truth, row, values)
+    said = model.classify_features(test.tower[name])
+    for field, classes in model.label_values.items():
+        of_field = truth[LABEL + field]
+        tags = of_field.ndim == 2
+        known = test.valid[name] & (of_field >= 0).reshape(len(test), -1).all(axis=1)
+        if not known.any():
+            result["skipped_fields"][f"head of {field}"] = "no row to score has one of its values"
+            continue
+        scores = said[field][known]
+        right = of_field[known].astype(bool) if tags else of_field[known]
+        figures = (multi_label if tags else single_label)(scores, right, classes)
+        figures["without_label"] = int((test.valid[name] & ~known).sum())
+        result.setdefault("probes", {}).setdefault(field, {}).setdefault(name, {})["head"] = figures
+        per_row[f"head of {field}"] = np.flatnonzero(known), _results(scores, right)
 
 
 def _results(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

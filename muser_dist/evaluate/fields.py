@@ -14,7 +14,7 @@ TAGS = 50
 
 
 @dataclass(frozen=True)
-class Labels:
+class FieldLabels:
     """A field of several sets of rows.
 
     `classes` are the names of classes or tags. `sets` hold for each set (rows,) int64 classes, -1 where the row has
@@ -33,7 +33,7 @@ class Labels:
         return self.sets[0].ndim == 2
 
 
-def read_labels(name: str, *sets: Sequence[dict[str, Any]]) -> Labels:
+def read_labels(name: str, *sets: Sequence[dict[str, Any]]) -> FieldLabels:
     """A field's labels; it is one of tags where the value of any row is a list.
 
     Args:
@@ -49,10 +49,10 @@ def read_labels(name: str, *sets: Sequence[dict[str, Any]]) -> Labels:
     if not any(isinstance(value, list) for rows in values for value in rows):
         classes = sorted(counts)
         number = {None: -1} | {label: i for i, label in enumerate(classes)}
-        return Labels(classes, [np.array([number[row[0]] for row in rows], np.int64) for rows in spelled], known)
+        return FieldLabels(classes, [np.array([number[row[0]] for row in rows], np.int64) for rows in spelled], known)
     classes = sorted(sorted(counts, key=lambda tag: (-counts[tag], tag))[:TAGS])
     having = [np.array([[tag in row for tag in classes] for row in rows], bool) for rows in spelled]
-    return Labels(classes, [rows.reshape(-1, len(classes)) for rows in having], known, len(counts) - len(classes))
+    return FieldLabels(classes, [rows.reshape(-1, len(classes)) for rows in having], known, len(counts) - len(classes))
 
 
 def same_spelling(labels: Sequence[str | None]) -> list[str | None]:

@@ -29,7 +29,7 @@ def by_field(evaluation: Values) -> Iterator[tuple[str, str, Values]]:
     for field, by_modality in evaluation.get("probes", {}).items():
         for modality, by_kind in by_modality.items():
             for kind, scores in by_kind.items():
-                yield f"{kind} probe", f"{field} by {modality}", scores
+                yield "head" if kind == "head" else f"{kind} probe", f"{field} by {modality}", scores
 
 
 def _retrieval(evaluation: Values) -> list[str]:

@@ -29,7 +29,7 @@ def validate(folder: Path, config: RunConfig, index: ShardIndex, storage: Storag
     Returns:
         fields for metrics.jsonl: "val_R@10/text->audio" and "val_MRR/text->audio" for each direction,
         "val_accuracy/genre by audio", or of tags "val_roc_auc/tags by audio" and "val_pr_auc/tags by audio", for each
-        field and modality; those without a row to score are left out.
+        field and modality, by prompts or else by the model's own head; those without a row to score are left out.
 
     Raises:
         CheckpointError: the folder holds no whole model.
@@ -47,7 +47,11 @@ def _scores(evaluation: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     for field, by_modality in evaluation["zero_shot"].items():
         for modality, scores in by_modality.items():
             yield f"val_accuracy/{field} by {modality}", scores["accuracy"]
-    for field, by_modality in evaluation["tagging"].items():
+    for field, by_modality in (evaluation["tagging"]).items():
         for modality, scores in by_modality.items():
             for metric in ("roc_auc", "pr_auc"):
                 yield f"val_{metric}/{field} by {modality}", scores[metric]
+    for field, by_modality in evaluation.get("probes", {}).items():
+        for modality, by_kind in by_modality.items():
+            for metric in ("accuracy", "macro_f1", "roc_auc", "pr_auc"):
+                yield f"val_{metric}/{field} by {modality}", by_kind["head"].get(metric)

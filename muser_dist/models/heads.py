@@ -25,6 +25,25 @@ class ProjectionHead(nn.Sequential):
             super().__init__(nn.Linear(width, dim, bias=False))
 
 
+class LabelHeads(nn.Linear):
+    """A linear layer on a tower's output for each metadata field, made as one.
+
+    Args:
+        width: of the tower's output.
+        sizes: by field, how many values it has.
+    """
+
+    def __init__(self, width: int, sizes: dict[str, int]) -> None:
+        super().__init__(width, sum(sizes.values()))
+        self.sizes = sizes
+
+    def of_fields(self, features: Tensor) -> dict[str, Tensor]:
+        """(rows, width) to logits (rows, values) of each field, float32 or finer."""
+        logits = self(features)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return dict(zip(self.sizes, logits.split(list(self.sizes.values()), dim=1), strict=True))
+
+
 class _ClampInward(torch.autograd.Function):
     """Clamps; beyond a bound only the gradient that leads back inside passes.
 
@@ -57,13 +76,15 @@ class LogitScale(nn.Module):
         self.bounds = -math.log(temperature.maximum), -math.log(temperature.minimum)
         self.log_scale = nn.ParameterList(
             nn.Parameter(torch.tensor([-math.log(temperature.init)]), requires_grad=temperature.learnable)
-            for _ in range(1 if temperature.shared else self.pairs)
+            for _ in range(min(1, self.pairs) if temperature.shared else self.pairs)
         )
         biases = 0 if config.bias is None else self.pairs
         self.bias = nn.ParameterList(nn.Parameter(torch.tensor([float(config.bias or 0.0)])) for _ in range(biases))
 
     def forward(self) -> dict[str, Tensor]:
         """ "scale" and perhaps "bias", (pairs,) float32 each."""
+        if self.pairs == 0:
+            return {"scale": torch.zeros(0)}
         # Clamped before it is shared: the sum of the pairs' gradients decides whether it leads back.
         out = {"scale": _ClampInward.apply(torch.cat(list(self.log_scale)), *self.bounds).exp().expand(self.pairs)}
         if len(self.bias):

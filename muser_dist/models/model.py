@@ -1,4 +1,4 @@
-"""MultimodalModel: one tower and one head for each modality, and the temperatures."""
+"""MultimodalModel: one tower and one head for each modality, the temperatures, and heads for metadata fields."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from muser_dist.config import DataConfig, ModelConfig, RunConfig, TowerConfig
+from muser_dist.data.labels import LABEL
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.compiling import compile_tower, compiled
 from muser_dist.models.esresnext import ESResNeXt
 from muser_dist.models.frozen import FrozenOutputs
-from muser_dist.models.heads import LogitScale, ProjectionHead
+from muser_dist.models.heads import LabelHeads, LogitScale, ProjectionHead
 from muser_dist.models.huggingface import HuggingFaceSpectrogram, HuggingFaceText, HuggingFaceWaveform
 from muser_dist.models.recompute import recompute_activations
 from muser_dist.models.spectrogram import SpectrogramTower
 from muser_dist.models.text import TextTower
 from muser_dist.models.waveform import WaveformTower
 from muser_dist.plugins import resolve
+
+AUXILIARY = "loss/"
+"""Of what a model puts out, names of towers' own losses begin so; MODALITY/NAME follows."""
 
 # A tower is an nn.Module that is built from the data config and its options, has `width`, and
 # maps a batch to (rows, width). It must treat rows apart from each other and draw its random
@@ -69,9 +73,14 @@ def build_head(modality: str, tower: nn.Module, config: ModelConfig) -> nn.Modul
 
 
 class MultimodalModel(nn.Module):
-    """Maps batches to the joint space.
+    """Maps batches to the joint space, and where fields are learned to logits of their values.
 
     Initial weights depend on config.seed alone, so that every rank starts from the same.
+
+    Attributes:
+        labelled: the tower whose output the heads of fields read: the first.
+        label_kinds: of each of the fields, whether a row has one or any number of its values.
+        dim: of embeddings. Where nothing is contrasted there is no joint space, and they are the tower's output.
 
     Raises:
         ConfigError: a tower cannot be built.
@@ -86,9 +95,20 @@ class MultimodalModel(nn.Module):
             self.towers = nn.ModuleDict(
                 {name: build_tower(name, tower, config.data) for name, tower in config.model.towers().items()}
             )
+            widths: dict[str, int] = {name: tower.width for name, tower in self.towers.items()}  # type: ignore[misc]
+            contrasts, dim = bool(config.objective.pairs), config.model.projection_dim
+            self.dim = dim if contrasts else max(widths.values())
             self.heads = nn.ModuleDict(
-                {name: build_head(name, tower, config.model) for name, tower in self.towers.items()}
+                {
+                    # No projection that nothing uses: ZeRO would wait for its gradient.
+                    name: build_head(name, tower, config.model) if contrasts else nn.Identity()
+                    for name, tower in self.towers.items()
+                }
             )
+            self.labelled, width = next(iter(widths.items()))
+            self.label_kinds = config.data.label_kinds()
+            sizes = {name: len(config.data.label_values.get(name, ())) for name in self.label_kinds}
+            self.label_heads = LabelHeads(width, sizes) if sizes else None
         self.logits = LogitScale(config.objective)
         self._frozen: dict[str, FrozenOutputs] = {}
         self._to_compile = {name for name, settings in config.model.towers().items() if settings.compile}
@@ -110,7 +130,7 @@ class MultimodalModel(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor], moment: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Encodes every modality of a chunk.
+        """Encodes every modality of a chunk; with a second view in it, both views in one pass of the audio tower.
 
         Args:
             batch: the chunk's arrays as tensors (muser_dist/data/pipeline.py).
@@ -118,31 +138,44 @@ class MultimodalModel(nn.Module):
                 dropout: the same on every number of workers, and again in a second pass.
 
         Returns:
-            (rows, projection_dim) float32 for each modality, not normalised; and what depends on parameters
-            alone: what `LogitScale` gives, and, where `moment` is given, the auxiliary losses of towers that are
-            trained, as "MODALITY/NAME". They come from here because at ZeRO-3 a parameter can be read only inside its
-            module's forward.
+            (rows, dim) float32 for each modality and perhaps "view", not normalised; "label/<field>" (rows, values)
+            float32, logits; and what depends on parameters alone: what `LogitScale` gives, and, where `moment` is
+            given, the auxiliary losses of towers that are trained, as "loss/MODALITY/NAME". They come from here because
+            at ZeRO-3 a parameter can be read only inside its module's forward.
         """
-        out = {}
+        out: dict[str, Tensor] = {}
         # Here and not around the call: DeepSpeed switches an outer autocast off.
-        with torch.autocast(batch["text_ids"].device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=self.bf16):
             for name in self.towers:
+                views = name == "audio" and "view" in batch
+                inputs = _both_views(batch) if views else batch
                 if moment is None:
-                    out[name] = self.encode(name, batch)
+                    features = self.towers[name](inputs)
                 else:
                     torch.manual_seed(_mix(self.seed, *moment, name))
-                    out[name] = self._project(name, self._train_tower(name, batch, moment))
+                    features = self._train_tower(name, inputs, moment)
                     out |= self._auxiliary_losses(name)
+                projected = self._project(name, features)
+                out |= dict(zip(("audio", "view"), projected.chunk(2), strict=True)) if views else {name: projected}
+                if name == self.labelled:
+                    out |= self._logits(features.chunk(2)[0] if views else features)
         return out | self.logits()
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:
-        """One modality of a batch: (rows, projection_dim) float32, not normalised."""
+        """One modality of a batch: (rows, dim) float32, not normalised."""
         return self.encode_with_features(modality, batch)[0]
 
     def encode_with_features(self, modality: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What `encode` gives, and the tower's output before its head: (rows, width)."""
         features = self.towers[modality](batch)
         return self._project(modality, features), features
+
+    def label_probabilities(self, features: Tensor) -> dict[str, Tensor]:
+        """What the heads say of the output (rows, width) of the tower `labelled`: by field (rows, values) float32; of
+        classes they sum to 1."""
+        of_fields = self._logits(features)
+        names = ((name, of_fields[LABEL + name]) for name in self.label_kinds)
+        return {name: x.softmax(dim=1) if self.label_kinds[name] == "class" else x.sigmoid() for name, x in names}
 
     def _train_tower(self, modality: str, batch: dict[str, Tensor], moment: tuple[int, int]) -> Tensor:
         """A tower's output, (rows, width), in the way that training runs it."""
@@ -160,11 +193,22 @@ class MultimodalModel(nn.Module):
         tower = self.towers[modality]
         if modality in self._frozen or not hasattr(tower, "auxiliary_losses"):
             return {}
-        return {f"{modality}/{name}": loss for name, loss in tower.auxiliary_losses().items()}  # type: ignore[operator]
+        return {f"{AUXILIARY}{modality}/{name}": loss for name, loss in tower.auxiliary_losses().items()}  # type: ignore[operator]
+
+    def _logits(self, features: Tensor) -> dict[str, Tensor]:
+        if self.label_heads is None:
+            return {}
+        return {LABEL + name: logits for name, logits in self.label_heads.of_fields(features).items()}
 
     def _project(self, modality: str, features: Tensor) -> Tensor:
         projected = self.heads[modality](features)
         return projected.to(torch.promote_types(projected.dtype, torch.float32))
+
+
+def _both_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The views of a chunk as rows of one batch, the second ones last."""
+    pairs = (("audio", "view"), ("audio_length", "view_length"))
+    return {first: torch.cat([batch[first], batch[second]]) for first, second in pairs}
 
 
 def _forget_outputs(model: MultimodalModel, _: object) -> None:

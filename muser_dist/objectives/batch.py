@@ -21,6 +21,8 @@ class Batch:
         label_id: (b,) int64, equal where the label is the same; below zero without a label.
         negatives: by modality, (b, K) bool: which of the row's own K hard negatives there are. Their
             features stand under "<modality>_negatives", (b, K, D).
+        labels: by metadata field, int64 (b,), the number of the value that a row has of it; or int8 (b, C), 1 for each
+            of the C values that it has and 0 for the others. -1 where it lacks the field.
     """
 
     valid: dict[str, Tensor]
@@ -28,6 +30,7 @@ class Batch:
     text_id: Tensor
     label_id: Tensor
     negatives: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def join(cls, batches: list["Batch"]) -> "Batch":
@@ -39,6 +42,7 @@ class Batch:
             torch.cat([batch.text_id for batch in batches]),
             torch.cat([batch.label_id for batch in batches]),
             {name: torch.cat([batch.negatives[name] for batch in batches]) for name in one.negatives},
+            {name: torch.cat([batch.labels[name] for batch in batches]) for name in one.labels},
         )
 
 

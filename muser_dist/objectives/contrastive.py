@@ -7,13 +7,14 @@ ranks, D dimensions, P pairs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from muser_dist.config import ObjectiveConfig
+from muser_dist.errors import ConfigError
 from muser_dist.objectives.batch import Batch, Logits, Loss
 from muser_dist.objectives.collectives import equal_gradient, sum_over_ranks, world
 from muser_dist.objectives.similarity import Pairs, row_statistics
@@ -32,6 +33,7 @@ class Anchors:
         statistic: (S, b), of `Statistic`.
         positives: (b,) how many candidates are positives.
         negatives: (b, K) logits of the rows' own hard negatives; LOWEST where there is none.
+        own_view: (S, b) the statistic over the other rows of the anchors' own modality, where those are negatives too.
     """
 
     features: Tensor
@@ -39,11 +41,14 @@ class Anchors:
     scale: Tensor
     statistic: Tensor
     positives: Tensor
-    negatives: Tensor | None
+    negatives: Tensor | None = None
+    own_view: Tensor | None = None
 
     def log_sum(self, k: int = 0, alpha: float = 1.0) -> Tensor:
-        """(b,) the k-th log-sum-exp of `LogSumExp`, hard negatives included; LOWEST without any candidate."""
+        """(b,) the k-th log-sum-exp of `LogSumExp`, all kinds of negatives included; LOWEST without any candidate."""
         value = self.statistic[k].clamp(min=LOWEST)
+        if self.own_view is not None:
+            value = torch.logaddexp(value, self.own_view[k].clamp(min=LOWEST))
         if self.negatives is None:
             return value
         there = self.negatives > LOWEST / 2
@@ -69,6 +74,9 @@ def mean_over_anchors(
     floor: bool = False,
 ) -> Loss:
     """The frame: the weighted mean of `anchor_loss` over the valid anchors of the global batch, summed over directions.
+
+    Of a pair of two views the other rows of an anchor's own view are negatives too, in whatever loss: with N clips
+    an anchor then has 2N - 1 candidates (SimCLR, Chen et al. 2020).
 
     With config.dims the loss of each pair is the mean over these many leading dimensions, normalised
     anew (Matryoshka representation learning, Kusupati et al. 2022).
@@ -99,9 +107,18 @@ def mean_over_anchors(
     which = tuple((names.index((pair.first, d)), names.index((pair.second, d))) for pair, _, d in cases)
     matches = Matches.of(rows, config)
     positives = [of_pair.positives()[own].to(scale_P.dtype) for of_pair in matches]
-    of_cases = tuple(matches[p] for _, p, _ in cases)
-    pairs = Pairs(which, of_cases, statistic, _ring(views, config), config.normalise, config.bf16)
-    of_pair = torch.tensor([p for _, p, _ in cases], device=scale_P.device)
+    # Behind them, what two views need besides: each of the two with itself.
+    own_views = [(c, m) for c, (pair, _, _) in enumerate(cases) if pair.of_views for m in which[c]]
+    all_cases = [*range(len(cases)), *(c for c, _ in own_views)]
+    pairs = Pairs(
+        (*which, *((m, m) for _, m in own_views)),
+        tuple(matches[cases[c][1]] for c in all_cases),
+        (*[statistic] * len(cases), *[_without_self(statistic) for _ in own_views]),
+        _ring(views, config),
+        config.normalise,
+        config.bf16,
+    )
+    of_pair = torch.tensor([cases[c][1] for c in all_cases], device=scale_P.device)
     scales, biases = scale_P[of_pair], None if bias_P is None else bias_P[of_pair]
     statistics = row_statistics(pairs, scales, biases, views)
 
@@ -114,7 +131,10 @@ def mean_over_anchors(
             if other in batch.negatives:
                 h_bKD = features[f"{other}_negatives"][..., :d]
                 hard = _hard_negatives(x_bD, h_bKD, batch.negatives[other], scales[c], config.normalise)
-            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives[p], hard)
+            own_view = None
+            if pair.of_views:
+                own_view = statistics[len(cases) + own_views.index((c, which[c][direction])), 0]
+            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives[p], hard, own_view)
             loss_b, weight_b = anchor_loss(anchors)
             weight_b = weight_b.detach() * valid
             losses.append((torch.where(weight_b > 0, loss_b, 0.0) * weight_b).sum())
@@ -138,6 +158,13 @@ def mean_over_anchors(
     return Loss(share, metrics)
 
 
+def _without_self(statistic: Statistic) -> Statistic:
+    """The statistic of a modality with itself, where matches are `instance`: over all rows but the anchor."""
+    if not isinstance(statistic, LogSumExp):
+        raise ConfigError("objective.pairs: this loss does not contrast audio with its view; take contrastive")
+    return replace(statistic, decoupled=True)
+
+
 def contrastive(features: dict[str, Tensor], logits: Logits, batch: Batch, config: ObjectiveConfig) -> Loss:
     """Symmetric InfoNCE: cross-entropy of softmax over the candidates against 1/|P_i| over the positives P_i.
 
@@ -145,6 +172,9 @@ def contrastive(features: dict[str, Tensor], logits: Logits, batch: Batch, confi
     (van den Oord et al. 2018; both directions as in Radford et al. 2021). Several positives stand outside of
     the logarithm, as in supervised contrastive learning (Khosla et al. 2020, L_out): with
     config.targets = "same_label" it is that loss, across modalities.
+
+    Of the pair audio and view it is NT-Xent (Chen et al. 2020, eq. 1), the loss of CLMR: the anchor's 2N - 1
+    candidates are all other views of the batch, and the sum over both directions is that over 2N anchors.
 
     Algorithm 1 of MUSER is this with config.targets = "instance" and one shared temperature. With
     config.normalise = False and a constant temperature of 1 it is CLaMP 2's and 3's.

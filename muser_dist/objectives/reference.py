@@ -38,6 +38,8 @@ class Similarities:
         p = config.pairs.index(pair)
         x, y = (pair.second, pair.first) if reverse else (pair.first, pair.second)
         self.config, self.batch = config, batch
+        self.targets = "instance" if pair.of_views else config.targets
+        self.of_views = pair.of_views
         self.scale = logits.scale[p]
         self.bias = logits.bias[p] if logits.bias is not None else 0.0
         self.x, self.y = self._compared(features[x], dim), self._compared(features[y], dim)
@@ -55,9 +57,7 @@ class Similarities:
 
     def positives(self, i: int) -> list[int]:
         """P_i: i itself, and under same_text or same_label the candidates that share its id."""
-        ids = {"instance": None, "same_text": self.batch.text_id, "same_label": self.batch.label_id}[
-            self.config.targets
-        ]
+        ids = {"instance": None, "same_text": self.batch.text_id, "same_label": self.batch.label_id}[self.targets]
         return [j for j in self.anchors if j == i or (ids is not None and ids[i] >= 0 and ids[i] == ids[j])]
 
     def negatives(self, i: int) -> list[int]:
@@ -70,6 +70,15 @@ class Similarities:
             and not (batch.row[i] >= 0 and batch.row[i] == batch.row[j])
             and not (self.config.exclude_same_text and batch.text_id[i] >= 0 and batch.text_id[i] == batch.text_id[j])
         ]
+
+    def further_negatives(self, i: int) -> list[Tensor]:
+        """Logits of negatives that are not of the other modality's rows."""
+        return self.own_view(i) + self.hard_negatives(i)
+
+    def own_view(self, i: int) -> list[Tensor]:
+        """Of two views: <x_i, x_j> for the same negatives j in the anchor's own view. So NT-Xent sums over all other
+        views of the batch, k != i in its equation (Chen et al. 2020, eq. 1)."""
+        return [self.scale * torch.dot(self.x[i], self.x[j]) for j in self.negatives(i)] if self.of_views else []
 
     def hard_negatives(self, i: int) -> list[Tensor]:
         """Logits of the row's own hard negatives, which no other row sees."""
@@ -93,13 +102,13 @@ AnchorLoss = Callable[[Similarities, int], Tensor | None]
 
 def info_nce(sim: Similarities, i: int) -> Tensor:
     """l_i = log( Σ_{j candidate} exp(s_ij) ) - mean_{j in P_i} s_ij."""
-    candidates = [sim.s(i, j) for j in sim.positives(i) + sim.negatives(i)] + sim.hard_negatives(i)
+    candidates = [sim.s(i, j) for j in sim.positives(i) + sim.negatives(i)] + sim.further_negatives(i)
     return torch.logsumexp(torch.stack(candidates), dim=0) - sim.mean_positive(i)
 
 
 def decoupled(sim: Similarities, i: int) -> Tensor | None:
     """l_i = log( Σ_{j not in P_i} exp(s_ij) ) - mean_{j in P_i} s_ij."""
-    negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.hard_negatives(i)
+    negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.further_negatives(i)
     return torch.logsumexp(torch.stack(negatives), dim=0) - sim.mean_positive(i) if negatives else None
 
 
@@ -107,7 +116,7 @@ def debiased(tau_plus: float, beta: float) -> AnchorLoss:
     """l_i = -log( exp(s_ii) / (exp(s_ii) + g_i) ), with g_i as in debiased.py."""
 
     def loss(sim: Similarities, i: int) -> Tensor | None:
-        negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.hard_negatives(i)
+        negatives = [sim.s(i, j) for j in sim.negatives(i)] + sim.further_negatives(i)
         if not negatives:
             return None
         s, own, m = torch.stack(negatives), sim.s(i, i), len(negatives)
@@ -134,6 +143,24 @@ def resemblance(kappa: float) -> Callable[[Similarities, int], Tensor]:
     return weight
 
 
+def supervised(features: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Of each field the mean of l_i over the rows that are valid and have it, 0 without any; of those the mean.
+
+    With z_i the logits, l_i = -log softmax(z_i)_y of the right class y; or of tags t_k in {0, 1} the mean over k of
+    -t_k log σ(z_ik) - (1 - t_k) log(1 - σ(z_ik)).
+    """
+    valid, means = next(iter(batch.valid.values())), []
+    for name, label in batch.labels.items():
+        losses = []
+        for i in range(len(valid)):
+            z, y = features[f"label/{name}"][i], label[i]
+            if valid[i] and (y >= 0).all():
+                of_tags = torch.where(y == 1, z.sigmoid(), 1 - z.sigmoid())
+                losses.append(-z.log_softmax(dim=0)[y] if y.ndim == 0 else -of_tags.log().mean())
+        means.append(torch.stack(losses).mean() if losses else 0.0 * features[f"label/{name}"].nan_to_num().sum())
+    return torch.stack(means).mean()
+
+
 def reference_loss(
     features: dict[str, Tensor],
     logits: Logits,
@@ -148,6 +175,8 @@ def reference_loss(
     Of each pair and direction the mean of l_i over its anchors (weighted for "similarity_weighted"); of those the
     sum with the factors below; and with config.dims the mean of all that over leading dimensions.
     """
+    if config.name == "supervised":
+        return supervised(features, batch)
     anchor_loss: AnchorLoss = {
         "contrastive": info_nce,
         "similarity_weighted": info_nce,

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from muser_dist.config import ObjectiveConfig, RunConfig
+from muser_dist.data.labels import LABEL
 from muser_dist.errors import ConfigError
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.contrastive import contrastive
@@ -15,6 +16,7 @@ from muser_dist.objectives.decoupled import decoupled
 from muser_dist.objectives.muser import muser_code, muser_poster
 from muser_dist.objectives.sigmoid import sigmoid
 from muser_dist.objectives.similarity_weighted import similarity_weighted
+from muser_dist.objectives.supervised import supervised
 from muser_dist.plugins import resolve
 
 OBJECTIVES: dict[str, Callable[..., Loss]] = {
@@ -25,6 +27,7 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "muser_poster": muser_poster,
     "sigmoid": sigmoid,
     "similarity_weighted": similarity_weighted,
+    "supervised": supervised,
 }
 
 
@@ -40,11 +43,13 @@ def check_objective(config: RunConfig) -> None:
     if config.objective.name not in OBJECTIVES:
         return
     pairs, two = len(config.objective.pairs), torch.arange(2)
-    features: dict[str, torch.Tensor] = {
-        name: torch.eye(2, config.model.projection_dim) for name in config.model.towers()
-    }
+    features: dict[str, torch.Tensor] = {name: torch.eye(2, config.model.projection_dim) for name in config.features}
+    valid = {name: torch.ones(2, dtype=torch.bool) for name in features}
+    kinds = config.data.label_kinds()
+    features |= {LABEL + name: torch.eye(2) for name in kinds}
+    labels = {name: two if kind == "class" else torch.eye(2) for name, kind in kinds.items()}
     bias = None if config.objective.bias is None else torch.full((pairs,), config.objective.bias)
-    batch = Batch({name: torch.ones(2, dtype=torch.bool) for name in features}, two, two, two)
+    batch = Batch(valid, two, two, two, labels=labels)
     objective(features, Logits(torch.ones(pairs), bias), batch, config.objective)
 
 

@@ -28,9 +28,9 @@ class Pairs:
     """Which modalities meet, and what is wanted of their similarities.
 
     Attributes:
-        which: (P) indices of the first and the second modality of each pair.
+        which: (P) indices of the first and the second modality of each pair, which may be the same.
         matches: of each pair.
-        statistic: for all pairs.
+        statistics: of each pair; all have as many numbers.
         ring: whether features travel in a ring instead of being gathered.
         normalise: whether features are compared by cosine.
         bf16: whether features are rounded to bfloat16 before they travel and meet. Sums stay float32; the gradient
@@ -39,7 +39,7 @@ class Pairs:
 
     which: tuple[tuple[int, int], ...]
     matches: tuple[Matches, ...]
-    statistic: Statistic
+    statistics: tuple[Statistic, ...]
     ring: bool = False
     normalise: bool = True
     bf16: bool = False
@@ -62,10 +62,7 @@ class Pairs:
         """Of each pair; reads the numbers out of the tensors once."""
         scales = scale_P.tolist()
         biases: Sequence[float | None] = [None] * len(scales) if bias_P is None else bias_P.tolist()
-        return [
-            Similarities(scale, bias, matches, self.statistic)
-            for scale, bias, matches in zip(scales, biases, self.matches, strict=True)
-        ]
+        return [Similarities(*of_pair) for of_pair in zip(scales, biases, self.matches, self.statistics, strict=True)]
 
 
 def row_statistics(pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, features: list[Tensor]) -> Tensor:
@@ -90,7 +87,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, *features: Tensor) -> Tensor:
         rank, ranks = world()
-        b, statistic = len(features[0]), pairs.statistic
+        b = len(features[0])
         own = pairs.compared(features)
         everywhere = [gather(x) for x in own]
         rows, columns = [], []
@@ -105,11 +102,12 @@ class _Gathered(torch.autograd.Function):
         parts = exchange(seen.contiguous())
         whole = parts[0]
         for part in parts[1:]:
-            whole = torch.stack([statistic.merge(a, c) for a, c in zip(whole, part, strict=True)])
+            both = zip(pairs.statistics, whole, part, strict=True)
+            whole = torch.stack([statistic.merge(a, c) for statistic, a, c in both])
         stats = torch.stack(
             [
                 torch.stack([statistic.finish(row), statistic.finish(column)])
-                for row, column in zip(rows, whole, strict=True)
+                for statistic, row, column in zip(pairs.statistics, rows, whole, strict=True)
             ]
         )
         ctx.pairs = pairs
@@ -157,12 +155,12 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, *features: Tensor) -> Tensor:
         rank, ranks = world()
-        b, statistic = len(features[0]), pairs.statistic
+        b = len(features[0])
         similarities, own = pairs.similarities(scale_P, bias_P), pairs.compared(features)
         plan = _RingPlan.of(pairs.which)
         like = features[0].new_empty(0)
-        rows = [statistic.empty(b, like) for _ in similarities]
-        columns = [statistic.empty(b, like) for _ in similarities]
+        rows = [statistic.empty(b, like) for statistic in pairs.statistics]
+        columns = [statistic.empty(b, like) for statistic in pairs.statistics]
         blocks = {m: own[m] for m in plan.travelling}
         for hop in range(ranks):
             owner = (rank - hop) % ranks
@@ -170,11 +168,15 @@ class _Ring(torch.autograd.Function):
                 x = _masked(own[plan.staying[p]], of, rank * b)
                 y = _masked(blocks[plan.moving[p]], of, owner * b)
                 of_rows, of_columns = tiles.statistics(of, x, y)
-                rows[p], columns[p] = statistic.merge(rows[p], of_rows), statistic.merge(columns[p], of_columns)
+                merge = of.statistic.merge
+                rows[p], columns[p] = merge(rows[p], of_rows), merge(columns[p], of_columns)
             columns = list(pass_on([torch.stack(columns)])[0])  # after the last hop they are home
             if hop < ranks - 1:
                 blocks = dict(zip(blocks, pass_on(list(blocks.values())), strict=True))
-        finished = [[statistic.finish(rows[p]), statistic.finish(columns[p])] for p in range(len(rows))]
+        finished = [
+            [statistic.finish(row), statistic.finish(column)]
+            for statistic, row, column in zip(pairs.statistics, rows, columns, strict=True)
+        ]
         stats = torch.stack([torch.stack(plan.in_order(p, pair)) for p, pair in enumerate(finished)])
         ctx.pairs = pairs
         ctx.save_for_backward(scale_P, bias_P, stats, *features, *own)

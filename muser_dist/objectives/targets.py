@@ -88,14 +88,18 @@ class Matches:
 
     @classmethod
     def of(cls, rows: GlobalBatch, config: ObjectiveConfig) -> "list[Matches]":
-        """The matches of each pair of the config, under its targets."""
-        label, repeated = _ids(_target_ids(rows, config.targets))
+        """The matches of each pair of the config, under its targets; of two views, only the row itself."""
+        of_targets, of_views = _ids(_target_ids(rows, config.targets)), _ids(_target_ids(rows, "instance"))
         ids = [_ids(rows.row)]  # two copies of a clip, as at the end of a pass over the data
         if config.exclude_same_text:
             ids.append(_ids(rows.text_id))
         barred = tuple(known for known, repeat in ids if repeat)
-        valid = [rows.valid[pair.first] & rows.valid[pair.second] for pair in config.pairs]
-        return [cls(flags, label, repeated, barred, bool(flags.all())) for flags in valid]
+        found = []
+        for pair in config.pairs:
+            valid = rows.valid[pair.first] & rows.valid[pair.second]
+            label, repeated = of_views if pair.of_views else of_targets
+            found.append(cls(valid, label, repeated, barred, bool(valid.all())))
+        return found
 
     def positives(self) -> Tensor:
         """(N,) int64: how many positives each row has, itself included; at least 1."""

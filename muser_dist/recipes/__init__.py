@@ -5,7 +5,9 @@ from functools import partial
 
 from muser_dist.config import RunConfig
 from muser_dist.plugins import resolve
+from muser_dist.recipes.clmr import clmr
 from muser_dist.recipes.muser import muser, muser_audio_text, muser_code, muser_paper
+from muser_dist.recipes.muser_audio_only import muser_audio_only
 from muser_dist.recipes.tiny import tiny
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -20,6 +22,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "muser_audio_text_large": partial(muser_audio_text, "large"),
     "muser_paper": muser_paper,
     "muser_code": muser_code,
+    "muser_audio_only": muser_audio_only,
+    "clmr": clmr,
 }
 
 

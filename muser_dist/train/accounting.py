@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Chunk, chain_digest, chunk_digest
 from muser_dist.objectives.collectives import world
 
@@ -32,8 +31,12 @@ class _Read:
 class Accounting:
     """Every row that the run was dealt: read = used + quarantined, and a digest of their order.
 
-    A row is used when it takes part in at least one pair of the objective. The quarantine says
-    for every other row why not, and also names the missing part of rows that are used in part.
+    A row is used when it takes part in at least one pair of the objective, or has a label that is learned. The
+    quarantine says for every other row why not, and also names the missing part of rows that are used in part.
+
+    Args:
+        taking_part: RunConfig.taking_part.
+        totals: of an earlier start.
 
     Attributes:
         totals: "rows_read", "rows_used", "rows_quarantined"; "rows_surplus", samples of shards
@@ -42,8 +45,8 @@ class Accounting:
             flush: equal where two runs saw the same rows in the same global batches.
     """
 
-    def __init__(self, pairs: tuple[PairConfig, ...], totals: dict[str, Any] | None = None) -> None:
-        self.pairs = pairs
+    def __init__(self, taking_part: tuple[tuple[str, str], ...], totals: dict[str, Any] | None = None) -> None:
+        self.taking_part = taking_part
         nothing: dict[str, Any] = {
             "rows_read": 0,
             "rows_used": 0,
@@ -61,8 +64,7 @@ class Accounting:
     def add(self, chunk: Chunk) -> None:
         """Counts a chunk that this rank has trained on."""
         moment = int(chunk["step"]), int(chunk["chunk"])
-        pairs = [chunk[f"valid_{pair.first}"] & chunk[f"valid_{pair.second}"] for pair in self.pairs]
-        used = np.logical_or.reduce(pairs)
+        used = np.logical_or.reduce([chunk[f"valid_{a}"] & chunk[f"valid_{b}"] for a, b in self.taking_part])
         real = chunk["row"] >= 0
         where = list(zip(chunk["source"], chunk["epoch"].tolist(), chunk["shard"], strict=True))
         self._new.append(

@@ -17,6 +17,7 @@ import torch
 
 from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.chunks import Chunk
+from muser_dist.data.labels import Labels, with_stand_ins
 from muser_dist.data.spectrogram import in_tasks
 from muser_dist.data.text import load_tokenizer
 from muser_dist.errors import ConfigError, MuserError
@@ -49,6 +50,7 @@ def find_chunk(config: RunConfig, device: torch.device, memory: int | None = Non
         MuserError: a step fails for another reason.
     """
     spawn = multiprocessing.get_context("spawn")
+    config = replace(config, data=with_stand_ins(config.data))
     ours, theirs = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_try_chunks, args=(theirs, config, str(device), memory))
     child.start()
@@ -139,10 +141,7 @@ def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory
             chunks = -(-train.global_batch // (size * workers))
             if train.cache_gradients:
                 chunks = min(chunks, 2)  # each further one needs what the second does
-            mine = [
-                to_device(_chunk(config, size, number), tuple(config.model.towers()), device)
-                for number in range(chunks)
-            ]
+            mine = [to_device(_chunk(config, size, number), config.features, device) for number in range(chunks)]
             train_step(engine, objective, config, mine, 0.0)
             results.send(size)
     except Exception as error:
@@ -171,7 +170,10 @@ def _chunk(config: RunConfig, size: int, number: int) -> Chunk:
             chunk["spectrogram"] = (
                 in_tasks(data, config.model.spectrogram)(torch.from_numpy(chunk["audio"])).half().numpy()
             )
-    return chunk | {f"valid_{modality}": np.ones(size, bool) for modality in config.model.towers()}
+    if "view" in config.features:
+        chunk |= {"view": chunk["audio"], "view_length": chunk["audio_length"]}
+    labels = {name: np.maximum(array, 0) for name, array in Labels(data).empty(size).items()}
+    return chunk | labels | {f"valid_{name}": np.ones(size, bool) for name in config.features}
 
 
 def _free_memory(device: torch.device, workers: int) -> float:

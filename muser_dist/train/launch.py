@@ -40,6 +40,7 @@ from muser_dist.train.preflight import (
     describe_plan,
     find_shards,
     load_index,
+    load_label_values,
     prepare_folder,
 )
 from muser_dist.train.runlog import METRICS, last_line, live_line
@@ -118,6 +119,7 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     config = replace(config, storage=str(Path(config.storage).resolve()))
     if (place := config.train.checkpoint_storage) and "://" not in place:
         config = replace(config, train=replace(config.train, checkpoint_storage=str(Path(place).resolve())))
+    config = replace(config, model=config.model.with_absolute_weights())
     matches = report_weights(config)
     prepare_folder(config, command)
     if matches:
@@ -127,8 +129,9 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     indices = [load_index(config, source, storage, shards[source.name]) for source in config.data.training_sources()]
     val_index = load_index(config, VAL, storage, shards[VAL.name]) if config.data.val else None
     known = known_ids(val_index, storage, config.evaluate.rows) if val_index else None
-    reader = training_reader(config, indices, storage, known)
     check_rows(config, indices)
+    config = load_label_values(config, indices, storage)
+    reader = training_reader(config, indices, storage, known)
     print(f"Run {config.folder}: {describe_plan(config, indices, parameters)}", flush=True)
 
     if (config.folder / MODEL / "config.json").exists():
@@ -294,11 +297,14 @@ def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None
     else:
         print("\nNot scored: no --data.val was given")
     page = write_report(folder)
+    modality, *others = config.model.towers()
+    use = f"m.{'classify' if config.data.label_kinds() else f'encode_{modality}'}(['YOUR_SONG.mp3'])"
+    if "text" in others:
+        use = f"m.encode_text(['a slow waltz']) @ {use}.T"
     print(
         f"\nModel   {folder / MODEL}\nPage    {page}\nNumbers {folder / 'metrics.jsonl'}\n\n"
         f"Next: open the page, or try the model:\n"
-        f"  python -c \"from muser_dist import Muser; m = Muser.from_pretrained('{folder / MODEL}'); "
-        f"print(m.encode_text(['a slow waltz']) @ m.encode_audio(['YOUR_SONG.mp3']).T)\"\n"
+        f"  python -c \"from muser_dist import Muser; m = Muser.from_pretrained('{folder / MODEL}'); print({use})\"\n"
         f"  python jobs/evaluate.py {folder} --val 'OTHER/val-*.tar'",
         flush=True,
     )

@@ -96,7 +96,7 @@ def train(config: RunConfig) -> None:
         CheckpointError: no checkpoint can be written, or none that was written is intact.
     """
     # --- Set-up ---
-    train, modalities = config.train, tuple(config.model.towers())
+    train = config.train
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     model = MultimodalModel(config)
@@ -131,7 +131,7 @@ def train(config: RunConfig) -> None:
         with watch.stopwatch.waiting("decode"), record_function("data"):
             mine = [next(chunks) for _ in range(train.chunks_per_worker(ranks))]
         with watch.stopwatch.waiting("transfer"), record_function("transfer"):
-            on_device = [to_device(chunk, modalities, device) for chunk in mine]
+            on_device = [to_device(chunk, config.features, device) for chunk in mine]
         made = train_step(engine, watch.timed(objective), config, on_device, lr_factor(samples, train))
         if not made.applied:
             raise StopTraining(why_not_applied(made, done, mine, engine.grad_norm(), train))

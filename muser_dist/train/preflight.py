@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from muser_dist.config import RunConfig, differences, from_dict, to_dict
 from muser_dist.data.config import SourceConfig
+from muser_dist.data.labels import find_label_values, with_stand_ins
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import in_tasks
 from muser_dist.data.storage import Storage, redact
@@ -41,6 +43,12 @@ def check_settings(config: RunConfig) -> int:
     check_templates(config.data.templates)
     for source in config.data.sources:
         check_templates(source.templates, f"data.sources: templates of {source.name}")
+    if config.objective.name == "supervised" and not config.data.label_kinds():
+        raise ConfigError(
+            'objective.name: "supervised" has nothing to learn; name metadata fields: --data.classes genre, with one '
+            "value a row, or --data.tags tags, with lists of values"
+        )
+    config = replace(config, data=with_stand_ins(config.data))  # their values are found when the data is looked at
     check_objective(config)
     check_trackers(config.train.trackers)
     if config.evaluate.every_samples and not config.data.val:
@@ -57,8 +65,6 @@ def check_settings(config: RunConfig) -> int:
         raise ConfigError(
             "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
         )
-    if config.data.val and "text" not in config.model.towers():
-        raise ConfigError("data.val: scoring compares with text, and the model has no text tower; leave data.val empty")
     return check_model(config)
 
 
@@ -100,6 +106,8 @@ def check_model(config: RunConfig) -> int:
             "text_ids": torch.from_numpy(ids),
             "text_length": torch.from_numpy(lengths),
         }
+        if "view" in config.features:
+            row |= {"view": row["audio"], "view_length": row["audio_length"]}
         try:
             with torch.inference_mode():
                 MultimodalModel(config)(row)
@@ -181,6 +189,9 @@ def provenance(command: list[str]) -> dict[str, Any]:
 
 VAL = SourceConfig("val", ())
 
+LABEL_VALUES = "labels.json"
+"""File in the run's folder with the values of the fields that are learned; --data.label-values reads it."""
+
 
 def find_shards(config: RunConfig, storage: Storage) -> dict[str, list[str]]:
     """The shards of each training source, and of "val", by name.
@@ -229,6 +240,30 @@ def load_index(config: RunConfig, source: SourceConfig, storage: Storage, urls: 
     return index
 
 
+def load_label_values(config: RunConfig, indices: list[ShardIndex], storage: Storage) -> RunConfig:
+    """The config with the values of all fields that are learned, kept in the run's folder: heads are sized by them.
+
+    Raises:
+        DataError: a field has too few values, or too many.
+    """
+    if not config.data.label_kinds():
+        return config
+    kept = config.folder / LABEL_VALUES
+    if kept.exists() and has_begun(config):
+        values = {name: tuple(of_field) for name, of_field in json.loads(kept.read_text()).items()}
+    else:
+
+        def progress(done: int, of: int) -> None:
+            if done == of or done % max(1, of // 20) == 0:
+                fields = ", ".join(config.data.label_kinds())
+                print(f"Looking for the values of {fields}: {done}/{of} shards", flush=True)
+
+        values = find_label_values(config.data, indices, storage, progress)
+        write_whole(kept, json.dumps(values, ensure_ascii=False, indent=1))
+    print("; ".join(f"{name}: {len(of_field)} values" for name, of_field in values.items()), flush=True)
+    return replace(config, data=replace(config.data, label_values=values))
+
+
 def check_rows(config: RunConfig, indices: list[ShardIndex]) -> None:
     """Raises DataError when the shards cannot fill one global batch."""
     total = sum(index.total for index in indices)
@@ -243,9 +278,9 @@ def check_rows(config: RunConfig, indices: list[ShardIndex]) -> None:
 
 def describe_plan(config: RunConfig, indices: list[ShardIndex], parameters: int) -> str:
     """One line: what will be trained on what."""
-    t, total = config.train, sum(index.total for index in indices)
+    t, total = config.train, sum(index.total for index in indices) * config.data.train_share
     return (
-        f"{parameters / 1e6:.1f} M parameters, {total:,} rows in {sum(map(len, indices))} shards, "
+        f"{parameters / 1e6:.1f} M parameters, {total:,.0f} rows in {sum(map(len, indices))} shards, "
         f"{t.steps:,} steps of {t.global_batch} rows ({t.steps * t.global_batch / total:.1f} passes), "
         f"{t.workers} workers, ZeRO {t.zero_stage}, {t.precision}"
     )

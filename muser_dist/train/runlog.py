@@ -146,10 +146,11 @@ def describe(metrics: dict[str, Any], config: RunConfig) -> str:
     """One line for the screen."""
     left = (config.train.steps * config.train.global_batch - metrics["samples"]) / metrics["samples_per_second"]
     temperatures = "/".join(f"{v:.3f}" for k, v in metrics.items() if k.startswith("temperature/"))
+    of_pairs = f"temperature {temperatures}  " if temperatures else ""
     bad = f"  quarantined {metrics['rows_quarantined']:,}" if metrics["rows_quarantined"] else ""
     return (
         f"samples {metrics['samples']:>9,}/{config.train.steps * config.train.global_batch:,}  "
-        f"loss {metrics['loss']:.4f}  temperature {temperatures}  "
+        f"loss {metrics['loss']:.4f}  {of_pairs}"
         f"{metrics['samples_per_second']:,.1f} samples/s  waiting for data {metrics['wait_share']:4.0%}  "
         f"ETA {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}{bad}"
     )

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from muser_dist.config import Modality, RunConfig
+from muser_dist.config import Feature, RunConfig
 from muser_dist.data.chunks import Chunk
+from muser_dist.data.labels import LABEL
 from muser_dist.models.batch_norm import update_running_statistics
+from muser_dist.models.model import AUXILIARY
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.collectives import sum_over_ranks, world
 from muser_dist.train.engine import Engine
 
 _OF_LOGITS = ("scale", "bias")
 
-TENSORS = ("audio", "audio_length", "spectrogram", "text_ids", "text_length")
+TENSORS = ("audio", "audio_length", "view", "view_length", "spectrogram", "text_ids", "text_length")
 """Arrays of a chunk that towers may read."""
 
 
@@ -44,8 +46,14 @@ class DeviceChunk:
     batch: Batch
 
 
-def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.device) -> DeviceChunk:
-    """The arrays of a chunk that training needs; they may be read-only memory of the object store."""
+def to_device(chunk: Chunk, features: tuple[Feature, ...], device: torch.device) -> DeviceChunk:
+    """The arrays of a chunk that training needs; they may be read-only memory of the object store.
+
+    Args:
+        chunk: of the pipeline.
+        features: RunConfig.features.
+        device: where they go.
+    """
 
     def move(name: str) -> Tensor:
         copy = torch.from_numpy(np.array(chunk[name]))
@@ -54,7 +62,13 @@ def to_device(chunk: Chunk, modalities: tuple[Modality, ...], device: torch.devi
     return DeviceChunk(
         (int(chunk["step"]), int(chunk["chunk"])),
         lambda: {name: move(name) for name in TENSORS if name in chunk},
-        Batch({name: move(f"valid_{name}") for name in modalities}, move("row"), move("text_id"), move("label_id")),
+        Batch(
+            {name: move(f"valid_{name}") for name in features},
+            move("row"),
+            move("text_id"),
+            move("label_id"),
+            labels={name.removeprefix(LABEL): move(name) for name in chunk if name.startswith(LABEL)},
+        ),
     )
 
 
@@ -89,14 +103,14 @@ def train_step(
     cached = config.train.cache_gradients and len(chunks) > 1
     with torch.set_grad_enabled(not cached), record_function("encode"):
         encoded = [engine.encode(tensors, moment) for tensors, moment in _inputs(chunks, engine.device)]
-    modalities = config.model.towers()
-    features: dict[str, Tensor] = {name: torch.cat([part[name] for part in encoded]) for name in modalities}
-    shared = {name: value for name, value in encoded[-1].items() if name not in modalities}  # by all chunks
+    auxiliary = {name: value for name, value in encoded[-1].items() if name.startswith(AUXILIARY)}
+    of_logits = {name: encoded[-1][name] for name in _OF_LOGITS if name in encoded[-1]}
+    shared = auxiliary | of_logits  # by all chunks
+    features = {name: torch.cat([part[name] for part in encoded]) for name in encoded[-1] if name not in shared}
     if cached:
         for leaf in (*features.values(), *shared.values()):
             leaf.requires_grad_()
-    auxiliary = {name: value for name, value in shared.items() if name not in _OF_LOGITS}
-    logits = Logits(shared["scale"], shared.get("bias"))
+    logits = Logits(**of_logits)
     with record_function("objective"):
         loss = add_auxiliary(objective(features, logits, batch, config.objective), auxiliary)
     with record_function("backward"):
@@ -115,7 +129,7 @@ def train_step(
             update_running_statistics(engine.model)
     return Step(
         Loss(loss.share.detach(), loss.metrics),
-        Logits(logits.scale.detach(), None if logits.bias is None else logits.bias.detach()),
+        Logits(**{name: value.detach() for name, value in of_logits.items()}),
         {name: value.detach() for name, value in features.items()},
         batch,
         applied,
@@ -130,7 +144,7 @@ def add_auxiliary(loss: Loss, losses: dict[str, Tensor]) -> Loss:
     """
     if not losses:
         return loss
-    shares = {f"loss/{name}": value / world()[1] for name, value in losses.items()}
+    shares = {name: value / world()[1] for name, value in losses.items()}
     added = torch.stack(list(shares.values())).sum()
     told = {name: share.detach() for name, share in shares.items()}
     return Loss(loss.share + added, loss.metrics | {"loss": loss.metrics["loss"] + added.detach()} | told)

@@ -53,7 +53,7 @@ class Watch:
         seconds: float,
     ) -> None:
         self._config, self._log = config, log
-        self.accounting = Accounting(config.objective.pairs, totals)
+        self.accounting = Accounting(config.taking_part, totals)
         self.stopwatch = Stopwatch(device)
         self.seconds = seconds
         self._trackers = trackers_of(config.train.trackers, config, step) if log else None

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muser_dist.data.plan import Plan, apportion
+from muser_dist.data.plan import Epochs, Plan, apportion
 from muser_dist.errors import ConfigError
 
 SHARD_ROWS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum)
@@ -123,3 +123,33 @@ def test_largest_remainders(weights, total):
     shares = apportion([Fraction(weight, sum(weights)) for weight in weights], total)
     assert sum(shares) == total
     assert all(abs(share - total * weight / sum(weights)) < 1 for share, weight in zip(shares, weights, strict=True))
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.sampled_from([0.01, 0.1, 0.25, 0.5, 1.0]),
+    st.integers(1, 4),
+    st.integers(0, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_the_rows_comes_once_in_each_pass_and_is_always_the_same(rows, share, window, seed):
+    epochs = Epochs(np.array(rows), seed, 0, window, shuffle=True, share=share)
+    assert share * epochs.total <= epochs.length < share * epochs.total + 1
+    passes = [epochs.at(p * epochs.length, (p + 1) * epochs.length) for p in (0, 3)]
+    assert [set(epoch) for epoch, _ in passes] == [{0}, {3}]
+    first, later = (np.sort(index) for _, index in passes)
+    assert len(np.unique(first)) == epochs.length
+    np.testing.assert_array_equal(first, later)
+    whole = Epochs(np.array(rows), seed, 0, 1, shuffle=True, share=share)  # whatever the windows
+    np.testing.assert_array_equal(first, np.sort(whole.at(0, whole.length)[1]))
+    more = Epochs(np.array(rows), seed, 0, window, shuffle=True, share=min(1.0, 2 * share))
+    missing = set(first.tolist()) - set(more.at(0, more.length)[1].tolist())
+    assert len(missing) <= len(rows)  # by rounding, one of a shard
+
+
+def test_shares_of_several_sources_name_the_right_rows():
+    plan = Plan([np.array([10, 10]), np.array([30])], [1, 1], 8, 3, 2, shuffle=True, share=0.5)
+    rows = plan.rows(0, 400)
+    for source, low, high, kept in ((0, 0, 20, 10), (1, 20, 50, 15)):
+        index = rows.index[rows.source == source]
+        assert low <= index.min() and index.max() < high and len(set(index.tolist())) == kept

@@ -31,7 +31,7 @@ def test_each_source_has_its_share_its_templates_and_its_accounts(tmp_path):
     config = mixed_config(tmp_path)
     indices = [index_of(source.shards[0]) for source in config.data.sources]
     reader = training_reader(config, indices, LOCAL)
-    accounting = Accounting(config.objective.pairs)
+    accounting = Accounting(config.taking_part)
     for chunk in reader.read(range(3 * config.train.chunks_per_step)):  # 3 batches of 8 rows
         accounting.add(chunk)
         for source, text, shard in zip(chunk["source"], chunk["text"], chunk["shard"], strict=True):

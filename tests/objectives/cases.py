@@ -11,6 +11,8 @@ MODALITIES = ("audio", "spectrogram", "text")
 THREE_PAIRS = (PairConfig("audio", "spectrogram"), PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
 TWO_PAIRS = (PairConfig("audio", "text", 2.5), PairConfig("spectrogram", "text"))
 SHARED = TemperatureConfig(shared=True)
+VIEWS = (PairConfig("audio", "view"),)
+LABELS = {"genre": 3, "tags": 2, "absent": 4}
 
 LOSSES: dict[str, dict[str, Any]] = {
     "InfoNCE": {"targets": "instance"},
@@ -31,6 +33,16 @@ LOSSES: dict[str, dict[str, Any]] = {
     "CLaMP, not normalised": {"targets": "instance", "normalise": False, "scale": 1.0},
     "Matryoshka": {"targets": "same_text", "dims": (4, 8, 16)},
     "three pairs": {"targets": "same_text", "pairs": THREE_PAIRS},
+    "NT-Xent": {"targets": "instance", "pairs": VIEWS},
+    "MusCALL, two views beside texts": {"pairs": (PairConfig("audio", "text"), PairConfig("view", "audio", 0.3))},
+    "decoupled, two views": {"name": "decoupled", "pairs": VIEWS, "dims": (8, 16)},
+    "debiased, two views": {
+        "name": "debiased",
+        "targets": "instance",
+        "pairs": VIEWS,
+        "options": {"tau_plus": 0.1, "beta": 0.5},
+    },
+    "classes and tags": {"name": "supervised", "pairs": ()},
     "scale 100": {"targets": "same_text", "scale": 100.0},
     "bfloat16": {"targets": "same_text", "bf16": True, "normalise": False, "pairs": THREE_PAIRS},
 }
@@ -56,10 +68,11 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         self.config = config_of(name)
         hard = LOSSES[name].get("hard", 0)
-        self.features = {m: torch.randn(rows, dim, generator=g) for m in MODALITIES}
+        views = ("view",) if any("view" in (pair.first, pair.second) for pair in self.config.pairs) else ()
+        self.features = {m: torch.randn(rows, dim, generator=g) for m in (*MODALITIES, *views)}
         if self.config.bf16:  # what bfloat16 holds as it is: so there is nothing to round, and the result is exact
             self.features = {m: (x / 4).bfloat16().float() for m, x in self.features.items()}
-        valid = {m: (torch.rand(rows, generator=g) < 0.8) | (not repeats) for m in MODALITIES}
+        valid = {m: (torch.rand(rows, generator=g) < 0.8) | (not repeats) for m in self.features}
         row = torch.randint(0, max(1, rows - 2), (rows,), generator=g) if repeats else torch.arange(rows)
         text_id = torch.randint(0, 4, (rows,), generator=g).masked_fill_(~valid["text"], -1)
         label_id = torch.randint(-1, 3, (rows,), generator=g)
@@ -67,8 +80,15 @@ class Case:
         if hard:
             self.features["text_negatives"] = torch.randn(rows, hard, dim, generator=g)
             negatives["text"] = torch.rand(rows, hard, generator=g) < 0.6
-        self.batch = Batch(valid, row, text_id, label_id, negatives)
+        labels = {}
+        if self.config.name == "supervised":
+            self.features |= {f"label/{name}": torch.randn(rows, n, generator=g) for name, n in LABELS.items()}
+            labels["genre"] = torch.randint(-1, LABELS["genre"], (rows,), generator=g)
+            labels["tags"] = torch.randint(0, 2, (rows, LABELS["tags"]), generator=g).to(torch.int8)
+            labels["tags"][torch.rand(rows, generator=g) < 0.3] = -1
+            labels["absent"] = torch.full((rows,), -1)
         pairs = len(self.config.pairs)
+        self.batch = Batch(valid, row, text_id, label_id, negatives, labels)
         scale = LOSSES[name].get("scale")
         self.scale = torch.full((pairs,), scale) if scale else torch.tensor([3.0, 11.0, 7.0])[:pairs]
         if self.config.temperature.shared:
@@ -87,6 +107,7 @@ class Case:
             b.text_id[where],
             b.label_id[where],
             {name: flag[where] for name, flag in b.negatives.items()},
+            {name: label[where] for name, label in b.labels.items()},
         )
         return leaf, logits, batch
 

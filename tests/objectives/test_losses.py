@@ -75,6 +75,11 @@ def test_the_reference_by_hand():
     # The same text twice: both columns are positives, so the loss is log(e^s + 1) - s/2.
     assert value("contrastive", [5, 5]) == pytest.approx(expected + s / 2, rel=1e-6)
     assert value("contrastive", [5, 5], targets="same_label") == pytest.approx(expected + s / 2, rel=1e-6)
+    # NT-Xent: besides the other clip's second view, its first one is a negative too, and both are orthogonal.
+    views = {"audio": torch.eye(2), "view": torch.eye(2)}
+    batch = Batch({name: torch.tensor([True, True]) for name in views}, torch.arange(2), *2 * [torch.tensor([5, 5])])
+    config = ObjectiveConfig(pairs=(PairConfig("audio", "view"),))  # that they share a text does not matter
+    assert reference_loss(views, logits, batch, config).item() == pytest.approx(math.log1p(2 * math.exp(-s)), rel=1e-6)
     # Without the positive in the denominator only e^0 is left.
     assert value("decoupled", [5, 6]) == pytest.approx(-s, rel=1e-6)
     assert value("muser_poster", [5, 6]) == pytest.approx(-s, rel=1e-6)
@@ -106,6 +111,8 @@ def test_the_metrics_of_pairs_and_dimensions_make_up_the_loss(name):
         "muser_code": [2 / math.factorial(len(pairs))] * len(pairs),
     }.get(case.config.name, [pair.weight / sum(p.weight for p in pairs) for pair in pairs])
     names = [f"loss/{pair.first}-{pair.second}" for pair in pairs]
+    if case.batch.labels:
+        names, shares = [f"loss/{field}" for field in case.batch.labels], [1 / 3] * 3
     together = sum(share * loss.metrics[name].item() for share, name in zip(shares, names, strict=True))
     assert together == pytest.approx(loss.share.item()) == loss.metrics["loss"].item()
     for name in names if case.config.dims else []:

@@ -5,13 +5,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from muser_dist.config import PairConfig
 from muser_dist.data.chunks import Problem
 from muser_dist.errors import StopTraining
 from muser_dist.train.accounting import Accounting
 from muser_dist.train.watch import check_share
 
-PAIRS = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
+PAIRS = (("audio", "text"), ("spectrogram", "text"))
 
 
 def chunk(step: int, number: int, heard: list[bool], stated: list[bool], rows: list[int]) -> dict:

@@ -1,0 +1,114 @@
+"""ObjectiveConfig: what is contrasted with what, and by which loss."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from muser_dist.data.config import Strict
+from muser_dist.errors import require
+
+Feature = Literal["audio", "spectrogram", "text", "view"]
+"""What pairs contrast: a tower's modality; or "view", another crop of the same clip, drawn and augmented apart, which
+the audio tower and its head embed too."""
+
+
+@dataclass(frozen=True)
+class PairConfig(Strict):
+    first: Feature
+    """One modality of the pair."""
+    second: Feature
+    """The other one; both directions are trained. "view" is another crop of the clip, for the audio tower: with audio
+    as the other one, rows of the anchor's own view are negatives too (NT-Xent), and only the row itself is a match."""
+    weight: float = 1.0
+    """Share of this pair in the loss; weights are divided by their sum."""
+
+    @property
+    def of_views(self) -> bool:
+        """Whether the pair is of two views of one clip through one tower."""
+        return {self.first, self.second} == {"audio", "view"}
+
+
+@dataclass(frozen=True)
+class TemperatureConfig(Strict):
+    init: float = 0.07
+    """Temperature at the start; similarities are divided by it."""
+    learnable: bool = True
+    """Whether it is trained."""
+    minimum: float = 0.01
+    """Lowest temperature (similarities are multiplied by at most its inverse)."""
+    maximum: float = 100.0
+    """Highest temperature."""
+    shared: bool = False
+    """One temperature for all pairs instead of one for each."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.minimum <= self.init <= self.maximum,
+            f"objective.temperature: need 0 < minimum <= init <= maximum, not minimum {self.minimum}, "
+            f"init {self.init} and maximum {self.maximum}",
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Strict):
+    name: str = "contrastive"
+    """"contrastive" (symmetric InfoNCE), "decoupled", "sigmoid", "debiased", "similarity_weighted", "muser_poster",
+    "muser_code", "supervised" (fields of data.classes and data.tags; one tower and no pairs) (docs/objective.md), or
+    your own objective as "package.module:function"."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the objective, as NAME VALUE: "debiased" takes tau_plus and beta, "similarity_weighted"
+    kappa."""
+    pairs: tuple[PairConfig, ...] = (PairConfig("audio", "text"), PairConfig("spectrogram", "text"))
+    """Modalities that are contrasted with each other."""
+    targets: Literal["instance", "same_text", "same_label"] = "same_text"
+    """What counts as a match: only the row itself, every row whose text states the same facts, or every row
+    with the same value of data.label."""
+    exclude_same_text: bool = False
+    """Leaves rows whose text states the same facts out of the negatives where they are no match."""
+    temperature: TemperatureConfig = TemperatureConfig()
+    """Temperature of the softmax."""
+    bias: float | None = None
+    """Start of a learned bias of all similarities, one for each pair; "sigmoid" needs it (SigLIP: -10)."""
+    normalise: bool = True
+    """Compares by cosine; without, by the dot product of the embeddings as they are (CLaMP 2 and 3)."""
+    dims: tuple[int, ...] = ()
+    """Trains these many leading dimensions of the embedding as embeddings of their own (Matryoshka)."""
+    bf16: bool = False
+    """Rounds embeddings to bfloat16 before they are gathered and compared: half of the traffic, and tensor cores.
+    Sums stay float32."""
+    gather_mib: int = 4096
+    """MiB of gathered embeddings that a worker may hold; above, blocks of them travel in a ring instead."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it matters which rows' texts state the same facts."""
+        return bool(self.pairs) and (self.targets == "same_text" or self.exclude_same_text)
+
+    def __post_init__(self) -> None:
+        require(
+            self.name != "supervised" or not self.pairs,
+            'objective.name: "supervised" contrasts nothing; take a recipe without pairs, such as muser_audio_only',
+        )
+        require(
+            len(self.pairs) > 0 or self.name == "supervised" or ":" in self.name,
+            "objective.pairs is empty; name at least one pair of modalities",
+        )
+        require(
+            self.name != "sigmoid" or not any(pair.of_views for pair in self.pairs),
+            "objective.pairs: the sigmoid loss does not contrast audio with its view; take contrastive",
+        )
+        for pair in self.pairs:
+            require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
+            require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
+        named = [{pair.first, pair.second} for pair in self.pairs]
+        require(all(named.count(pair) == 1 for pair in named), "objective.pairs names a pair twice; give it a weight")
+        require(
+            self.name != "sigmoid" or self.bias is not None,
+            "objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10",
+        )
+        require(
+            self.bias is None or self.name == "sigmoid" or ":" in self.name,
+            f"objective.bias means nothing to {self.name!r}; only the sigmoid loss has one",
+        )
+        require(all(dim >= 1 for dim in self.dims), "objective.dims: a number of dimensions must be at least 1")
+        require(len(set(self.dims)) == len(self.dims), "objective.dims: numbers of dimensions must differ")
+        require(self.gather_mib >= 0, "objective.gather_mib must not be negative")
