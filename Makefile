@@ -13,7 +13,7 @@ demo: $(VENV)/installed ## Makes a small corpus, trains on it with two workers, 
 		--train.samples 12288 --train.warmup-samples 2048 --train.checkpoint-samples 4096 --name demo
 
 test: $(VENV)/installed lint ## Everything that CI checks.
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/installed ## What takes minutes each.
 	$(RUN) -m pytest -m slow --timeout 1800

@@ -8,10 +8,7 @@ of steps, with several seeds.
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import head, provenance, table, write
 
 from muser_dist.config import EvaluateConfig, ObjectiveConfig, PairConfig, RunConfig
 from muser_dist.data.pipeline import training_reader
@@ -50,15 +48,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     runs = [run(options, targets, seed) for seed in range(options.seeds) for targets in TARGETS]
-    results = {
-        "command": shlex.join(["python", "benchmarks/targets.py", *sys.argv[1:]]).replace(options.data, "$PDTUNES"),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "samples": options.samples,
-        "global_batch": options.global_batch,
-        "runs": runs,
-    }
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    options.json.with_suffix(".md").write_text(page(results, options.json.name))
+    given = [word.replace(options.data, "$PDTUNES") for word in sys.argv[1:]]
+    results = provenance("benchmarks/targets.py", given, ("torch", "transformers", "timm", "numpy"))
+    results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch, "runs": runs}
+    write(options.json, results, page(results, options.json.name))
 
 
 def config_of(options: argparse.Namespace, targets: Any, seed: int) -> RunConfig:
@@ -145,12 +138,7 @@ def page(results: dict[str, Any], name: str) -> str:
     by_targets = {targets: [r for r in runs if r["targets"] == targets] for targets in TARGETS}
     same = statistics.mean(r["same_text_per_anchor"] for r in runs)
     lines = [
-        "# Equal texts as matches: same_text against instance targets",
-        "",
-        f"`{name}` holds the numbers. Commit {results['commit']}. The command, with `$PDTUNES` the folder of "
-        "PDTunes-Audio:",
-        "",
-        f"```\n{results['command']}\n```",
+        head("Equal texts as matches: same_text against instance targets", results, name),
         "",
         f"The tiny recipe's spectrogram and text towers, {results['samples']:,} samples in steps of "
         f"{results['global_batch']}, {len(by_targets['instance'])} seeds; texts state type, mode and meter alone. Of "
@@ -158,20 +146,20 @@ def page(results: dict[str, Any], name: str) -> str:
         "negatives with instance targets, matches with same_text. Rows, crops, texts and initial weights are the "
         "same for both. In retrieval all clips whose text states the same facts are right.",
         "",
-        "| score on validation | chance or majority | instance | same_text | difference by seed |",
-        "|---|---|---|---|---|",
     ]
+    rows = []
     chance = runs[0]["chance"]
     for figure in runs[0]["scores"]:
         pairs = [[r["scores"][figure] for r in by_targets[targets]] for targets in TARGETS]
         difference = ", ".join(f"{b - a:+.3f}" for a, b in zip(*pairs, strict=True))
-        means = " | ".join(f"{statistics.mean(values):.3f}" for values in pairs)
+        means = [f"{statistics.mean(values):.3f}" for values in pairs]
         retrieval = figure.removesuffix(" R@10")
         known = chance.get(f"R@10 {retrieval}") if figure.endswith("R@10") else None
         if figure.endswith("accuracy"):
             known = chance[f"majority {figure.split()[1]}"]
-        lines.append(f"| {figure} | {'' if known is None else f'{known:.3f}'} | {means} | {difference} |")
-    lines += ["", f"{sum(r['seconds'] for r in runs) / 60:.0f} minutes on two CPU cores.", ""]
+        rows.append([figure, "" if known is None else f"{known:.3f}", *means, difference])
+    titles = ["score on validation", "chance or majority", *TARGETS, "difference by seed"]
+    lines += [table(titles, rows), "", f"{sum(r['seconds'] for r in runs) / 60:.0f} minutes on two CPU cores.", ""]
     return "\n".join(lines)
 
 

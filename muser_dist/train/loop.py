@@ -150,7 +150,8 @@ def train(config: RunConfig) -> None:
             saved = checkpoints.finish() if last else checkpoints.poll()
         if saved is not None:
             ray.train.report({"step": saved, "samples": saved * train.global_batch, "loss": line["loss"]})
-        if config.evaluate.every_samples and not last and _passes(config.evaluate.every_samples, samples, train):
+        due = config.evaluate.every_samples and not last and _passes(config.evaluate.every_samples, samples, train)
+        if due and of_rank_0(validation.idle):
             validation.start(done, engine.state_dict())
 
     # --- Export ---

@@ -28,9 +28,13 @@ class Validation:
         self._config = config
         self._task: tuple[int, Any] | None = None
 
+    def idle(self) -> bool:
+        """Whether none is being scored."""
+        return self._task is None
+
     def start(self, step: int, weights: dict[str, Tensor]) -> None:
         """Begins to score the weights of a step; those of ranks other than 0 are empty."""
-        if dist.get_rank() > 0 or self._task is not None:
+        if dist.get_rank() > 0:
             return
         config, spare = self._config, ray.cluster_resources().get("GPU", 0) - dist.get_world_size()
         folder = config.folder / SNAPSHOT

@@ -1,0 +1,13 @@
+"""How the tests are dealt to two processes (`make test`): whole files, and all that start Ray to one of them."""
+
+from pathlib import Path
+
+import pytest
+
+RAY = Path(__file__).parent / "cluster"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        group = "ray" if RAY in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
