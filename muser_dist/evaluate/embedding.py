@@ -126,7 +126,7 @@ def embed(
         storage: where they are read from.
         progress: called now and then with the rows that are done and all.
         keep: folder for what is done: the same call again takes it from there. The model is told by what it makes
-            of a sentence and a second of noise, shards by their names and rows.
+            of a sentence and a crop of noise, shards by their names and rows.
 
     Raises:
         DataError: there are no rows, or a kept file is broken.
