@@ -9,6 +9,7 @@ finishes tasks.
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -172,7 +173,9 @@ def results(
         once = {"max_restarts": 0, "max_task_retries": 0}
         pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=gpus, max_tasks_in_flight_per_actor=2)
         dataset = tasks.map_batches(decode, batch_size=None, num_cpus=1)
-        dataset = dataset.map_batches(Encode, batch_size=None, num_cpus=0, num_gpus=1, compute=pool, **once)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
+            # A row is a block: None would do, if Ray Data did not ask for a number where there are GPUs.
+            dataset = dataset.map_batches(Encode, batch_size=1, num_cpus=0, num_gpus=1, compute=pool, **once)
     else:
         dataset = tasks.map_batches(decode_and_encode, batch_size=None, num_cpus=1)
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
