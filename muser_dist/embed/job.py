@@ -1,13 +1,18 @@
 """Embeds on Ray: tasks of some rows go to whatever machines there are, and the job writes what comes back as parts.
 
-On CPUs one actor decodes and encodes, so that any number of CPUs will do; on GPUs decoding actors hand windows to
-encoding ones. A task that a dying node took along is made again; the job puts each row into its part once, and asserts
-it. Parts do not wait for each other, so nothing depends on the order in which Ray finishes tasks.
+On CPUs one task decodes and encodes, so that any number of CPUs will do; on GPUs decoding tasks hand windows to actors
+that encode. What a dying node took along is made again, by Ray or by another pass over what is left; the job puts each
+row into its part once, and asserts it. Parts do not wait for each other, so nothing depends on the order in which Ray
+finishes tasks.
 """
 
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +34,15 @@ from muser_dist.errors import ClusterError, DataError, MuserError
 from muser_dist.evaluate.retrieval import unit_rows
 from muser_dist.muser import Muser
 
-TASK_ROWS = 32
+TASK_ROWS = 64
 """Rows of a task: enough to be worth starting, few enough to be made again without much loss."""
+
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+)
 
 
 def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Callable[[int, int], None]) -> None:
@@ -60,46 +72,65 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
     ]
     collector = Collector(parts, songs.wanted)
     with connected():
-        have = ray.cluster_resources()
-        if gpu and have.get("GPU", 0) < 1:
-            raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
-        if have.get("CPU", 0) < 1:
-            raise ClusterError("the cluster has no CPU that could decode; start nodes with --num-cpus")
-        try:
-            encoder = Encoder(str(model), manifest.model, songs.wanted, "cuda" if gpu else "cpu")
-            for result in results(ranges, songs, encoder, int(have["CPU"]), int(have["GPU"]) if gpu else 0):
-                if complete := collector.add(result):
-                    done += complete
-                    progress(done, manifest.rows)
-        except ray.exceptions.RayError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, MuserError):
-                cause = getattr(cause, "cause", None) or cause.__cause__
-            raise cause or error from None
-    assert collector.complete, "Ray says that all tasks ended, and some rows are not there"
+        encoder = Encoder(str(model), manifest.model, songs.wanted, "cuda" if gpu else "cpu")
+        while ranges:
+            cpus, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
+            if gpu and gpus < 1:
+                raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
+            if cpus < 1:
+                raise ClusterError("the cluster has no CPU that could decode; start nodes with --num-cpus")
+            before = done
+            try:
+                for result in results(ranges, songs, encoder, cpus, gpus if gpu else 0):
+                    if complete := collector.add(result):
+                        done += complete
+                        progress(done, manifest.rows)
+            except ray.exceptions.RayError as error:
+                if (cause := _of_user(error)) is not None:
+                    raise cause from None
+                if not isinstance(error, _DEATHS) or done == before:
+                    raise ClusterError(f"embedding ended: {str(error).strip().splitlines()[-1]}") from error
+                print("A node or process died; what it had in hand is made again", file=sys.stderr, flush=True)
+            assert done > before, "Ray says that all tasks ended, and nothing came"
+            ranges = collector.left(ranges)
+    assert collector.complete, "all tasks ended, and a part lacks rows"
 
 
+def _of_user(error: BaseException | None) -> MuserError | None:
+    """The error for users that Ray has wrapped, if it is one."""
+    while error is not None and not isinstance(error, MuserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
+
+
+@lru_cache(maxsize=1)
+def _load(model: str, sha256: str, device: str) -> Muser:
+    """The model; it stays in the process from task to task."""
+    muser = Muser.from_pretrained(model, device)
+    if muser.sha256 != sha256:
+        raise DataError(f"{model} holds another model on a node than where the job started")
+    return muser
+
+
+@dataclass(frozen=True)
 class Encoder:
-    """Encodes batches; it loads the model where it runs, and once there.
+    """Encodes batches; a process loads the model once.
 
-    Args:
+    Attributes:
         model: folder of the model.
         sha256: of the model that it must be.
         wanted: what is encoded.
         device: where it computes.
     """
 
-    def __init__(self, model: str, sha256: str, wanted: Wanted, device: str) -> None:
-        self.model, self.sha256, self.wanted, self.device = model, sha256, wanted, device
-        self._muser: Muser | None = None
+    model: str
+    sha256: str
+    wanted: Wanted
+    device: str
 
     def __call__(self, batch: Chunk) -> dict[str, Any]:
         """As `encode_windows`."""
-        if self._muser is None:
-            self._muser = Muser.from_pretrained(self.model, self.device)
-            if self._muser.sha256 != self.sha256:
-                raise DataError(f"{self.model} holds another model on a node than where the job started")
-        return encode_windows(self._muser, batch, self.wanted)
+        return encode_windows(_load(self.model, self.sha256, self.device), batch, self.wanted)
 
 
 def results(
@@ -111,51 +142,42 @@ def results(
         ranges: rows of each task, first and one after the last.
         songs: reads them.
         encoder: encodes their batches.
-        slots: actors that decode, with a CPU each.
-        gpus: actors that encode, with a GPU each; where there are none, those that decode encode as well.
+        slots: tasks that run at a time, with a CPU each.
+        gpus: actors that encode, with a GPU each; where there are none, the tasks that decode encode as well.
     """
     table = np.array(ranges, np.int64)
 
-    class Decode:
-        """An actor that decodes."""
+    def windows(batch: dict[str, np.ndarray]) -> Iterator[Chunk]:
+        keep_freed_memory()
+        for task in batch["id"].tolist():
+            yield from songs.read(*table[task].tolist())
 
-        def __init__(self) -> None:
-            keep_freed_memory()
+    def decode(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        return (to_block(chunk) for chunk in windows(batch))
 
-        def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-            for task in batch["id"].tolist():
-                for windows in songs.read(*table[task].tolist()):
-                    yield to_block(windows)
+    def decode_and_encode(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        return (_columns(encoder(chunk)) for chunk in windows(batch))
 
     class Encode:
-        """An actor that encodes what others have decoded."""
+        """An actor, because a process keeps to the GPU that it was given first."""
 
         def __call__(self, block: dict[str, np.ndarray]) -> pa.Table:
             return _columns(encoder({name: column[0] for name, column in block.items()}))
 
-    class DecodeAndEncode:
-        """An actor that does both."""
-
-        def __init__(self) -> None:
-            keep_freed_memory()
-
-        def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-            for task in batch["id"].tolist():
-                for windows in songs.read(*table[task].tolist()):
-                    yield _columns(encoder(windows))
-
     set_context(slots)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress says what matters
 
-    def pool(size: int) -> ray.data.ActorPoolStrategy:
-        return ray.data.ActorPoolStrategy(min_size=1, initial_size=size, max_tasks_in_flight_per_actor=2)
-
     tasks = TaskNumbers(len(ranges), slots).dataset()
     if gpus:
-        decoded = tasks.map_batches(Decode, batch_size=None, num_cpus=1, compute=pool(slots))
-        dataset = decoded.map_batches(Encode, batch_size=None, num_cpus=0, num_gpus=1, compute=pool(gpus))
+        # Not restarted: where no other GPU is free, what an actor had in hand would wait for one without end.
+        once = {"max_restarts": 0, "max_task_retries": 0}
+        pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=gpus, max_tasks_in_flight_per_actor=2)
+        dataset = tasks.map_batches(decode, batch_size=None, num_cpus=1)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
+            # A row is a block: None would do, if Ray Data did not ask for a number where there are GPUs.
+            dataset = dataset.map_batches(Encode, batch_size=1, num_cpus=0, num_gpus=1, compute=pool, **once)
     else:
-        dataset = tasks.map_batches(DecodeAndEncode, batch_size=None, num_cpus=1, compute=pool(slots))
+        dataset = tasks.map_batches(decode_and_encode, batch_size=None, num_cpus=1)
     for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
         yield {name: column[0] for name, column in block.items()}
 
@@ -185,6 +207,7 @@ class Collector:
         self._parts = parts
         self._wanted = wanted
         self._tasks: dict[int, dict[int, dict[str, Any]]] = {}  # results by first row of the task and batch
+        self._done: set[int] = set()  # first rows of whole tasks
         self._ready: dict[int, dict[int, list[dict[str, Any]]]] = {}  # those of whole tasks, by part and first row
 
     @property
@@ -197,18 +220,24 @@ class Collector:
         first, stop, number = int(result["first"]), int(result["stop"]), int(result["batch"])
         part = first // self._parts.manifest.part_rows
         task = self._tasks.setdefault(first, {})
-        assert number not in task and first not in self._ready.get(part, {}), f"rows from {first} on came twice"
+        assert number not in task and first not in self._done, f"rows from {first} on came twice"
         task[number] = result
         if not task[max(task)]["about"] or len(task) <= max(task):
             return 0
         ready = self._ready.setdefault(part, {})
         ready[first] = [task[i] for i in range(len(task))]
         del self._tasks[first]
+        self._done.add(first)
         begin, end = self._parts.manifest.range(part)
         if sum(int(results[0]["stop"]) - task for task, results in ready.items()) == end - begin:
             self._write(part, [ready[task] for task in sorted(ready)])
             del self._ready[part]
         return stop - first
+
+    def left(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The tasks that are not whole, to be made from their first batch on."""
+        self._tasks.clear()
+        return [task for task in ranges if task[0] not in self._done]
 
     def _write(self, part: int, tasks: list[list[dict[str, Any]]]) -> None:
         told: list[dict[str, Any]] = []
