@@ -13,7 +13,7 @@ from muser_dist.errors import CheckpointError, ConfigError
 from muser_dist.evaluate.evaluator import describe, evaluate
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
-from muser_dist.recipes import RECIPES, load_recipe
+from muser_dist.recipes import load_recipe
 from muser_dist.recipes.finetune import TOWER_LR, finetune
 from muser_dist.train.preflight import check_settings
 from tests.models.test_model import batch_of
@@ -154,8 +154,8 @@ def test_from_scratch_a_recipe_gives_its_tower():
     assert finetune("muser_audio_only") == load_recipe("muser_audio_only")
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_can_be_tried(name):
+@pytest.mark.parametrize("name", ["clmr", "muser_audio_only"])
+def test_recipes_without_texts_can_be_tried(name):
     config = load_recipe(name)
     config = replace(config, data=replace(config.data, train=("train.tar",), val=("val.tar",)))
     assert 100_000 < check_settings(config) < 10_000_000
