@@ -11,7 +11,7 @@ from muser_dist.config import ModelConfig, ObjectiveConfig, PairConfig
 from muser_dist.errors import DataError
 from muser_dist.recipes.finetune import finetune
 from muser_dist.train.launch import pretrain
-from muser_dist.train.runlog import EVENTS, QUARANTINE, read_lines
+from muser_dist.train.runlog import QUARANTINE, read_lines
 from tests.shardmaker import INSTRUMENTS, tone
 from tests.small import small_config
 
@@ -45,7 +45,6 @@ def test_two_views_then_a_classifier(cluster, corpus, tmp_path):
         storage=str(tmp_path),
         data=replace(small.data, classes=("instrument",), tags=("mode",), train_share=0.8),
         train=replace(config.train, zero_stage=2, checkpoint_samples=64, lr=1e-2, warmup_samples=16, samples=512),
-        evaluate=replace(tuned.evaluate, every_samples=256),
     )
     tuned_folder = pretrain(tuned, ["test"])
     assert json.loads((tuned_folder / "labels.json").read_text()) == {
@@ -54,7 +53,6 @@ def test_two_views_then_a_classifier(cluster, corpus, tmp_path):
     }
     lines = read_lines(tuned_folder / "metrics.jsonl")
     assert all(np.isfinite(line["loss/instrument"]) and "temperature" not in str(line) for line in lines)
-    assert any("val_accuracy/instrument" in event for event in read_lines(tuned_folder / EVENTS))
     scores = json.loads((tuned_folder / "evaluation.json").read_text())["labels"]
     assert scores["instrument"]["rows"] == 30 and 0 <= scores["instrument"]["accuracy"] <= 1
     assert 0 <= scores["mode"]["roc_auc"] <= 1

@@ -11,6 +11,7 @@ from muser_dist import Muser
 from muser_dist.config import ModelConfig, ObjectiveConfig, PairConfig, RunConfig, TowerConfig, to_dict
 from muser_dist.errors import CheckpointError, ConfigError
 from muser_dist.evaluate.evaluator import describe, evaluate
+from muser_dist.evaluate.validation import validate
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.recipes import load_recipe
@@ -103,11 +104,15 @@ def test_an_exported_classifier_names_its_values(tmp_path):
 def test_models_without_text_are_scored_by_what_they_have(tmp_path):
     index = index_of(write_shards(tmp_path, [10, 5]))
     config = labelled_config()
-    scores = evaluate(Muser(MultimodalModel(config), config), config, index, LOCAL)
+    save_model(tmp_path / "model", MultimodalModel(config).state_dict(), config)
+    scores = evaluate(Muser.from_pretrained(tmp_path), config, index, LOCAL)
     assert (scores["rows"], scores["retrieval"], scores["zero_shot"]) == (15, {}, {})
     assert scores["labels"]["instrument"]["rows"] == 15 and scores["labels"]["instrument"]["counts"] == [3, 4, 4, 4]
     assert 0 <= scores["labels"]["mode"]["roc_auc"] <= 1
     assert {"instrument", "heads,", "mode"} <= set(describe(scores).split())
+    while_training = validate(tmp_path, config, index, LOCAL)
+    assert while_training["val_accuracy/instrument"] == scores["labels"]["instrument"]["accuracy"]
+    assert while_training["val_pr_auc/mode"] == scores["labels"]["mode"]["pr_auc"]
     config = small_config()
     config = replace(
         config,
