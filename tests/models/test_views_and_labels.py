@@ -183,7 +183,7 @@ def test_what_cannot_be_learned_together_is_refused():
         replace(config, objective=ObjectiveConfig("supervised", pairs=()))
     with pytest.raises(ConfigError, match='learned by the objective "supervised"'):
         small_config(data={"classes": ("genre",)})
-    with pytest.raises(ConfigError, match="names a field twice"):
+    with pytest.raises(ConfigError, match="name a field twice"):
         labelled_config(classes=("mode",))
     with pytest.raises(ConfigError, match="nothing to learn"):
         check_settings(replace(labelled_config(classes=(), tags=(), label_values={})))
