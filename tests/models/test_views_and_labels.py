@@ -12,6 +12,7 @@ from muser_dist.config import ModelConfig, ObjectiveConfig, PairConfig, RunConfi
 from muser_dist.errors import ConfigError
 from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.summary import describe
+from muser_dist.evaluate.validation import validate
 from muser_dist.models.model import MultimodalModel
 from muser_dist.models.weights import load_weights
 from muser_dist.muser import save_model
@@ -106,12 +107,16 @@ def test_an_exported_classifier_names_its_values(tmp_path):
 def test_models_without_text_are_scored_by_what_they_have(tmp_path):
     index = index_of(write_shards(tmp_path, [10, 5]))
     config = labelled_config()
-    scores = evaluate(Muser(MultimodalModel(config), config), config, index, LOCAL)
+    save_model(tmp_path / "model", MultimodalModel(config).state_dict(), config)
+    scores = evaluate(Muser.from_pretrained(tmp_path), config, index, LOCAL)
     assert (scores["rows"], scores["retrieval"], scores["zero_shot"]) == (15, {}, {})
     heads = {field: by_modality["audio"]["head"] for field, by_modality in scores["probes"].items()}
     assert heads["instrument"]["rows"] == 15 and heads["instrument"]["counts"] == [3, 4, 4, 4]
     assert 0 <= heads["mode"]["roc_auc"] <= 1
     assert {"instrument", "head", "mode"} <= set(describe(scores).split())
+    while_training = validate(tmp_path, config, index, LOCAL)
+    assert while_training["val_accuracy/instrument by audio"] == heads["instrument"]["accuracy"]
+    assert while_training["val_pr_auc/mode by audio"] == heads["mode"]["pr_auc"]
     config = small_config()
     config = replace(
         config,
@@ -151,7 +156,7 @@ def test_from_scratch_a_recipe_gives_its_tower():
 
 
 @pytest.mark.parametrize("name", ["clmr", "muser_audio_only"])
-def test_every_recipe_can_be_tried(name):
+def test_recipes_without_texts_can_be_tried(name):
     config = load_recipe(name)
     config = replace(config, data=replace(config.data, train=("train.tar",), val=("val.tar",)))
     assert 100_000 < check_settings(config) < 10_000_000
