@@ -88,7 +88,7 @@ def last_weights(config: RunConfig, store: CheckpointStore) -> tuple[dict[str, T
                 for path, part in zip(paths, description["parts"], strict=True):
                     if broken := problem_of(path, part):
                         raise CheckpointError(broken)
-            except (OSError, ValueError, CheckpointError) as error:
+            except (OSError, ValueError, KeyError, CheckpointError) as error:
                 problem = f"the one at step {step:,}: {redact(str(error))}"
                 continue
             model = MultimodalModel(config)
