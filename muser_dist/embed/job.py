@@ -170,7 +170,7 @@ def results(
     tasks = TaskNumbers(len(ranges), slots).dataset()
     if gpus:
         # Not restarted: where no other GPU is free, what an actor had in hand would wait for one without end.
-        once = {"max_restarts": 0, "max_task_retries": 0}
+        once: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
         pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=gpus, max_tasks_in_flight_per_actor=2)
         dataset = tasks.map_batches(decode, batch_size=None, num_cpus=1)
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
