@@ -89,6 +89,7 @@ def test_the_commands_of_the_page_on_muser(address, tmp_path):
         LAYOUTS[name].make(tmp_path / name)
     (trial,) = re.findall(r"add\n`(--train\.samples [^`]*)`", MUSER.read_text())
     page = re.sub(r"pretrain\.py muser ", f"pretrain.py tiny {trial} ", MUSER.read_text())
+    page = re.sub(r"finetune\.py (\S+) ", rf"finetune.py \1 {trial} ", page)
     run_blocks(page, tmp_path, address)
     for folder, rows in (("gtzan-embeddings", 14), ("gtzan-files", 17)):
         parts = sorted((tmp_path / folder).glob("part-*.parquet"))
