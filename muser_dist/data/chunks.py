@@ -20,6 +20,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     text_length      int32 (c,)
     text_id          int64 (c,)      which texts state the same facts; -1 where there is none
     label_id         int64 (c,)      which rows have the same value of data.label; -1 where there is none
+    heard, cached    bool  (c,)      its sound is there; its clip came from the cache (data.keep_clips)
     in_val           bool  (c,)      same audio or same title as a validation row
     fields           str   (c,)      metadata as JSON; in evaluation only
     problems         list of str     JSON entries for the quarantine
@@ -189,7 +190,7 @@ class ChunkReader:
         c, data = self.chunk, self.data
         waveforms = np.empty((c, data.crop_samples), np.int16)
         lengths, text_ids, label_ids = np.zeros(c, np.int32), np.full(c, -1, np.int64), np.full(c, -1, np.int64)
-        heard, stated, in_val = np.zeros(c, bool), np.zeros(c, bool), np.zeros(c, bool)
+        heard, stated, in_val, cached = (np.zeros(c, bool) for _ in range(4))
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
         crops: dict[int, Crop] = {}
@@ -239,12 +240,12 @@ class ChunkReader:
                 stated[i] = True
             except Exception as error:
                 report(i, "json" if "json" in row.extensions else "", error)
-        for i, length in decoder(data).decode(crops, waveforms).items():
-            if isinstance(length, DataError):
+        for i, decoded in decoder(data).decode(crops, waveforms).items():
+            if isinstance(decoded, DataError):
                 row = outline.found[i]
-                report(i, row.audio or "" if row else "", length)
+                report(i, row.audio or "" if row else "", decoded)
             else:
-                lengths[i], heard[i] = length, True
+                (lengths[i], cached[i]), heard[i] = decoded, True
         waveforms[~heard] = 0
         token_ids, token_counts = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)(sentences)
         chunk: Chunk = {
@@ -262,6 +263,8 @@ class ChunkReader:
             "text_length": token_counts,
             "text_id": text_ids,
             "label_id": label_ids,
+            "heard": heard,
+            "cached": cached,
             "in_val": in_val,
             "fields": fields,
             "problems": problems,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
@@ -92,7 +92,7 @@ def _charts(recorded: list[str]) -> list[_Chart]:
 
 def _svg(title: str, samples: list[float], curves: list[list[float]], from_zero: bool, percent: bool) -> Markup:
     """Curves as SVG whose colours are the page's, so that they follow light and dark. It holds no text from data."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
+    with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(3.9, 2.3), layout="constrained")
         axes = figure.subplots()
         marker = "o" if len(samples) == 1 else None
@@ -109,6 +109,12 @@ def _svg(title: str, samples: list[float], curves: list[list[float]], from_zero:
         axes.grid(linewidth=0.5, alpha=0.25, color="#000000")
         axes.tick_params(bottom=False, left=False)
         axes.spines[["top", "right", "left"]].set_visible(False)
+        return svg_of(figure, title)
+
+
+def svg_of(figure: Figure, title: str) -> Markup:
+    """A figure as SVG for a page, with COLOURS and black as the page's own."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         text = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
@@ -116,4 +122,6 @@ def _svg(title: str, samples: list[float], curves: list[list[float]], from_zero:
     for i, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--series-{i})")
     # Text has no fill of its own and takes the page's from the style sheet.
-    return Markup(svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
+    return Markup(
+        svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    )

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from muser_dist.errors import CheckpointError
 from muser_dist.evaluate.charts import COLOURS, draw_charts
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
     notes: list[str] = []
     config, run, evaluation = (_read_json(folder / f"{name}.json", notes) for name in ("config", "run", "evaluation"))
     metrics = _read_lines(folder / "metrics.jsonl", notes)
-    page = _environment().from_string(files("muser_dist.evaluate").joinpath("report.html.j2").read_text("utf-8"))
+    page = environment().get_template("evaluate/report.html.j2")
     html = page.render(
         name=config.get("name") or folder.resolve().name,
         state=_state(config, metrics, evaluation),
@@ -164,6 +164,9 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
         if waits := _recorded(metrics, key):
             facts.append((f"Time waiting for {what}, mean", percent(sum(waits) / len(waits))))
     facts += _supply(metrics[1:])  # the first line holds the start
+    if cached := _recorded(metrics, "clips_cached"):
+        clips = sum(cached) + sum(_recorded(metrics, "clips_decoded"))
+        facts.append(("Clips from the cache", f"{amount(sum(cached))} of {amount(clips)}"))
     if late := Counter(_recorded(metrics, "straggler")).most_common(1):
         facts.append(
             ("Slowest worker", f"{amount(late[0][0])}, in {amount(late[0][1])} of {amount(len(metrics))} lines")
@@ -310,8 +313,9 @@ def _quarantine(entries: list[Values]) -> Values:
 # Template
 
 
-def _environment() -> Environment:
-    """Autoescape is on for every name: all that the template shows comes from data."""
+def environment() -> Environment:
+    """What draws pages, from templates in this package. Autoescape is on: all that they show comes from data."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = FunctionLoader(lambda name: files("muser_dist").joinpath(name).read_text("utf-8"))
     environment.filters |= {"percent": percent, "amount": amount, "fraction": fraction}
     return environment

@@ -4,7 +4,7 @@ from multiprocessing import get_context
 
 from muser_dist.config import EvaluateConfig
 from muser_dist.evaluate.evaluator import evaluate
-from muser_dist.evaluate.validation import validate
+from muser_dist.evaluate.validation import score_names, validate
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser, save_model
 from tests.shardmaker import write_shards
@@ -23,4 +23,9 @@ def test_a_snapshot_has_the_scores_of_its_evaluation_in_any_process(tmp_path):
     assert found["val_MRR/spectrogram->text"] == scores["retrieval"]["spectrogram->text"]["MRR"]
     accuracy = scores["zero_shot"]["instrument"]["spectrogram"]["accuracy"]
     assert found["val_accuracy/instrument by spectrogram"] == accuracy
-    assert len(found) == 2 * 4 + 2  # no score of the field that the data lacks
+    accuracies = [scores["zero_shot"]["instrument"][name]["accuracy"] for name in ("audio", "spectrogram")]
+    assert found["val_accuracy"] == sum(accuracies) / 2
+    assert len(found) == 5 * (4 + 1) + 2 * (2 + 1)  # no score of the field that the data lacks
+    assert found.keys() < set(score_names(config))
+    lacking = {name for name in score_names(config) if name not in found}
+    assert lacking == {f"val_{m}/absent by {x}" for m in ("accuracy", "macro_f1") for x in ("audio", "spectrogram")}
