@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from muser_dist.config import OPERATIONAL, RunConfig, leaves, to_dict
 from muser_dist.data.storage import Storage
-from muser_dist.errors import ConfigError, MuserError, require
+from muser_dist.errors import require
 from muser_dist.evaluate.validation import lower_is_better, score_names
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.record import Record, Trial
@@ -37,7 +37,7 @@ class Planned:
     @property
     def total(self) -> int:
         """Trials of the whole sweep."""
-        return len(self.source.points) if isinstance(self.source, Plan) else self.source.count
+        return self.source.count
 
 
 def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
@@ -74,13 +74,11 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
     base = replace(base, name=name)
     lower = lower_is_better(options.metric)
     record = Record(base.folder, definition, lower)
-    source = Optuna(space, base, options, lower) if options.search == "optuna" else Plan(space, base, options)
-    if isinstance(source, Plan):
-        for overrides in source.points:
-            try:
-                check_settings(apply(base, overrides))
-            except MuserError as error:
-                raise ConfigError(f"{error}; tried {named(overrides)}") from None
+    if options.search == "optuna":
+        return Planned(base, space, record, Optuna(space, base, options, check_settings, lower))
+    source = Plan(space, base, options, check_settings)
+    if source.points.refused:
+        print(f"{source.points.refused} points of the space are left out; the first: {source.points.first}", flush=True)
     return Planned(base, space, record, source)
 
 
@@ -174,10 +172,10 @@ def dry_run_of(planned: Planned, options: SweepConfig) -> str:
     """What a sweep would try and need, on a cluster that just has the CPUs of this machine. Starts nothing."""
     base, train, need = planned.base, planned.base.train, cpus_of_trial(planned.base)
     if isinstance(planned.source, Plan):
-        lines = [f"trial {number:03d}  {named(point)}" for number, point in enumerate(planned.source.points)]
+        lines = [f"trial {number:03d}  {named(point)}" for number, point in enumerate(planned.source.points.found)]
     else:
         lines = [f"{planned.total} trials that Optuna proposes one after the other; the first may be"]
-        lines += [f"  {named(point)}" for point in draws(planned.space, base, 3)]
+        lines += [f"  {named(point)}" for point in draws(planned.space, base, 3).found]
     cores = os.cpu_count() or 1
     lines += [
         "",

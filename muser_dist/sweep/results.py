@@ -99,28 +99,27 @@ def table(trials: list[Trial]) -> pa.Table:
 def command_of(recipe: str, config: RunConfig) -> str:
     """The command line that trains a config: the recipe with what is different from it."""
     given, own = dict(leaves(to_dict(config))), dict(leaves(to_dict(load_recipe(recipe))))
-    words, done = ["python", "jobs/pretrain.py", recipe], set()
+    words, pairs, beyond = ["python", "jobs/pretrain.py", recipe], list[str](), list[str]()
     for name, value in given.items():
         if name == "name" or name in OPERATIONAL or (name in own and own[name] == value):
             continue
-        field, _, option = name.partition(".options.")
-        if option:  # a dict is given whole
-            if field not in done:
-                done.add(field)
-                values = {n.partition(".options.")[2]: v for n, v in given.items() if n.startswith(f"{field}.options.")}
-                words += [f"--{field}.options", *(word for item in values.items() for word in map(_word, item))]
+        option, dashed = name.partition(".options.")[2], f"--{name.replace('_', '-')}"
+        if name.startswith("objective.options.") and not any(key.startswith("objective.options.") for key in own):
+            pairs += [option, _word(value)]  # a dict that the recipe leaves empty is given whole
+        elif option and name not in own:
+            beyond.append(f"{name} {json.dumps(value)}")
         elif isinstance(value, bool):
-            parent, _, last = name.rpartition(".")
-            words.append(f"--{parent}.{'' if value else 'no-'}{last}".replace("_", "-"))
-        elif isinstance(value, list):
-            words += [f"--{name}".replace("_", "-"), *map(_word, value)]
+            parent, _, last = dashed.rpartition(".")
+            words.append(dashed if value else f"{parent}.no-{last}")
         else:
-            words += [f"--{name}".replace("_", "-"), _word(value)]
-    return shlex.join(words)
+            words += [dashed, *map(_word, value if isinstance(value, list) else [value])]
+    if pairs:
+        words += ["--objective.options", *pairs]
+    return shlex.join(words) + (f"  # and, in a recipe of your own: {', '.join(beyond)}" if beyond else "")
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, list) else str(value)
+    return value if isinstance(value, str) else str(value)
 
 
 def describe(recipe: str, planned: Planned, options: SweepConfig) -> str:

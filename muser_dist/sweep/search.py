@@ -6,10 +6,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from muser_dist.config import RunConfig
-from muser_dist.errors import ConfigError
+from muser_dist.errors import ConfigError, MuserError
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.record import OVER, Record, Trial
-from muser_dist.sweep.space import Choice, Overrides, Space, apply, draws, grid
+from muser_dist.sweep.space import Check, Choice, Overrides, Space, apply, draws, grid
 
 _REFUSED = 100
 """Proposals in a row whose config is not valid, after which Optuna is asked no more."""
@@ -18,12 +18,14 @@ _REFUSED = 100
 class Plan:
     """Trials that are known from the start: random draws, or a grid. What was learned changes nothing."""
 
-    def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig) -> None:
-        self.points = grid(space, base) if sweep.search == "grid" else draws(space, base, sweep.trials)
+    def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check) -> None:
+        of_grid = sweep.search == "grid"
+        self.points = grid(space, base, check) if of_grid else draws(space, base, sweep.trials, check)
+        self.count = len(self.points.found)
 
     def propose(self, number: int) -> Overrides | None:
         """The values of trial `number`; None when there are no more."""
-        return self.points[number] if number < len(self.points) else None
+        return self.points.found[number] if number < self.count else None
 
     def learn(self, trial: Trial) -> None:
         """Takes note of a trial that is over."""
@@ -35,7 +37,7 @@ class Optuna:
     Values of a choice go by their place, for they may be anything; trials that diverged or failed tell it nothing.
     """
 
-    def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig, lower: bool) -> None:
+    def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check, lower: bool) -> None:
         try:
             import optuna
         except ModuleNotFoundError:
@@ -43,7 +45,8 @@ class Optuna:
                 "search: optuna is not installed: pip install 'muser_dist[sweep]', or give --search random"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._optuna, self._space, self._base, self.count = optuna, space, base, sweep.trials
+        self._optuna, self._space, self._base, self._check = optuna, space, base, check
+        self.count = sweep.trials
         kinds = optuna.distributions
         self._distributions: dict[str, Any] = {}
         for field, dimension in space.items():
@@ -64,8 +67,8 @@ class Optuna:
             asked = self._study.ask(fixed_distributions=self._distributions)
             overrides = {field: self._value(field, asked.params[field]) for field in self._space}
             try:
-                apply(self._base, overrides)
-            except ConfigError:
+                self._check(apply(self._base, overrides))
+            except MuserError:
                 self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
                 continue
             self._asked[number] = asked

@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -23,10 +23,13 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from muser_dist.config import OPERATIONAL, RunConfig, from_dict, to_dict
-from muser_dist.errors import ConfigError, require
+from muser_dist.errors import ConfigError, MuserError, require
 
 Overrides = dict[str, Any]
 """Values by dotted names of fields."""
+
+Check = Callable[[RunConfig], object]
+"""Raises MuserError where a config cannot work."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "temperature": {
@@ -38,8 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["temperature_x_projection"] = PRESETS["temperature"] | PRESETS["projection"]
 
 _GRID_POINTS = 5
-_TRIES = 1_000
-"""Draws in a row that may all be refused before a space counts as one that no config satisfies."""
+_TRIES = 100
+"""Draws in a row that bring no valid new point, after which there are none."""
 
 # What decides how trials are measured, and what their files are called, must be the same for all.
 _FIXED = ("name", "evaluate", "data.val")
@@ -83,7 +86,7 @@ class Range:
         values = space(self.low, self.high, _GRID_POINTS).tolist()
         if self.integer:
             return tuple(dict.fromkeys(round(value) for value in values))
-        return tuple(map(self._rounded, values))
+        return (self.low, *map(self._rounded, values[1:-1]), self.high)
 
     def _rounded(self, value: float) -> float:
         """Four digits, so that it can be read and pasted, and is what was tried."""
@@ -135,7 +138,9 @@ def _dimension(field: str, value: Any) -> Dimension:
         f"space: {field}: {kind} takes two numbers, the smaller one first, not {json.dumps(values)}",
     )
     require(kind != "log_uniform" or values[0] > 0, f"space: {field}: log_uniform takes positive numbers")
-    return Range(values[0], values[1], log=kind == "log_uniform", integer=kind == "integers")
+    if kind == "integers":
+        return Range(values[0], values[1], integer=True)
+    return Range(float(values[0]), float(values[1]), log=kind == "log_uniform")
 
 
 # --- Fields ---
@@ -160,7 +165,7 @@ def apply(base: RunConfig, overrides: Overrides) -> RunConfig:
 
 
 def check_space(space: Space, base: RunConfig) -> None:
-    """Checks that the fields are there and may be what the space says, each by itself.
+    """Checks that the fields are there, may each be what the space says, and can go together.
 
     Raises:
         ConfigError: the message names the first that is not right; a misspelt one with the nearest that there is.
@@ -181,50 +186,77 @@ def check_space(space: Space, base: RunConfig) -> None:
     draws(space, base, 1)
 
 
-def draws(space: Space, base: RunConfig, count: int) -> list[Overrides]:
-    """Random points of the space with valid configs, each once; fewer where there are not so many.
+@dataclass(frozen=True)
+class Points:
+    """Points of a space whose configs are valid, and why others are not.
+
+    Attributes:
+        found: the valid ones, each once.
+        refused: how many were left out.
+        first: what is wrong with the first of those.
+    """
+
+    found: list[Overrides]
+    refused: int
+    first: str
+
+
+def draws(space: Space, base: RunConfig, count: int, check: Check = lambda config: None) -> Points:
+    """Random points; fewer than asked for where there are not so many.
 
     The seed is the base's, and the first points do not depend on how many are asked for.
+
+    Args:
+        space: what varies.
+        base: the values of all other fields.
+        count: of points.
+        check: raises MuserError where a config cannot work.
 
     Raises:
         ConfigError: none of many is valid; the message is that of the first.
     """
     rng = np.random.default_rng(base.seed)
-    found: list[Overrides] = []
-    first, tries = None, 0
-    while len(found) < count and tries < _TRIES:
-        tries += 1
-        overrides = {field: dimension.draw(rng) for field, dimension in space.items()}
-        try:
-            apply(base, overrides)
-        except ConfigError as error:
-            first = first or f"{error}; tried {named(overrides)}"
-            continue
-        if overrides not in found:
-            found.append(overrides)
-            tries = 0
-    if not found:
-        raise ConfigError(f"space: no config satisfies it, by {_TRIES:,} draws; the first: {first}")
-    return found
+    endless = ({field: dimension.draw(rng) for field, dimension in space.items()} for _ in iter(int, 1))
+    return _valid(endless, base, check, count, _TRIES)
 
 
-def grid(space: Space, base: RunConfig) -> list[Overrides]:
-    """All combinations that make a valid config.
+def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> Points:
+    """All combinations.
 
     Raises:
-        ConfigError: none does; the message is that of the first.
+        ConfigError: none makes a valid config, or none with some value; the message is that of the first.
     """
-    found, first = [], None
-    for values in product(*(dimension.points() for dimension in space.values())):
-        overrides = dict(zip(space, values, strict=True))
-        try:
-            apply(base, overrides)
-            found.append(overrides)
-        except ConfigError as error:
-            first = first or f"{error}; tried {named(overrides)}"
+    combinations = list(product(*(dimension.points() for dimension in space.values())))
+    named_ones = (dict(zip(space, values, strict=True)) for values in combinations)
+    points = _valid(named_ones, base, check, len(combinations), len(combinations))
+    for field, dimension in space.items():
+        for value in dimension.points():
+            if all(point[field] != value for point in points.found):
+                raise ConfigError(f"space: no config with {field} {json.dumps(value)} is valid: {points.first}")
+    return points
+
+
+def _valid(candidates: Iterable[Overrides], base: RunConfig, check: Check, count: int, tries: int) -> Points:
+    """The first `count` valid ones, until so many candidates in a row have brought no new one."""
+    found: list[Overrides] = []
+    first, vain = "", 0
+    tried: set[str] = set()
+    for overrides in candidates:
+        vain += 1
+        if (text := named(overrides)) not in tried:
+            tried.add(text)
+            try:
+                check(apply(base, overrides))
+                found.append(overrides)
+                vain = 0
+            except MuserError as error:
+                first = first or f"{error}; tried {text}"
+        if len(found) == count or vain == tries:
+            break
+    refused = len(tried) - len(found)
     if not found:
-        raise ConfigError(f"space: no config satisfies it; the first: {first}")
-    return found
+        raise ConfigError(f"space: no config satisfies it; the first of {refused} that were tried: {first}")
+    return Points(found, refused, first)
 
 
 def named(overrides: Overrides) -> str:
