@@ -1,12 +1,11 @@
 """Small sweeps for tests: a base with data, and a record with trials in every state."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from muser_dist.config import RunConfig
 from muser_dist.sweep.config import SweepConfig
-from muser_dist.sweep.record import Record, Trial
+from muser_dist.sweep.record import Record
 from tests.shardmaker import write_shards
 from tests.small import small_config
 
@@ -49,8 +48,3 @@ def fill(record: Record, points: list[dict]) -> None:
             trial.scores = {"val_MRR": score, "val_R@10/text->audio": score / 2}
         trial.error = {"diverged": "the loss is <not> finite", "failed": "no memory"}.get(state)
     record.save()
-
-
-def by_number(trials: list[Trial], numbers: list[int]) -> list[Trial]:
-    """Trials with these numbers, in this order."""
-    return [replace(trials[number]) for number in numbers]
