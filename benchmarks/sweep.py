@@ -142,10 +142,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
             for trial in planned.record.trials:
                 row = {"case": case, "round": round_, "trial": trial.number}
                 rows.append(row | seconds_of(config_of_trial(planned.base, trial), trial.seconds))
-                say(
-                    f"{case}, trial {trial.number}: "
-                    + ", ".join(f"{k} {v:.1f}" for k, v in rows[-1].items() if k in _S)
-                )
+                say(f"{case}, trial {trial.number}: a pass of {rows[-1]['pass_seconds']:.1f} s")
     config = config_of_trial(planned.base, planned.record.trials[-1])
     alone = pretrain(replace(config, name="alone"), ["benchmarks/sweep.py"])
     return rows, max(abs(a - b) for a, b in zip(losses(config.folder), losses(alone), strict=True))
@@ -189,11 +186,11 @@ def page(results: dict[str, Any], name: str) -> str:
     titles = ["", "all passes of a sweep", "the first trial's", "a trial's, median", "start-up of a trial, median"]
     compared = (
         f"{setting['trials']} trials of one pass each, no early stopping, over {setting['clips']} mp3 clips of 30 s "
-        f"(44.1 kHz, stereo, 160 kbit/s; {setting['distinct']} different pieces, each file with a tag of its own), on a "
-        f"cluster of {setting['cpus']} CPUs that both sweeps run on in turn. A tower hears {setting['crop_seconds']:g} s "
-        "of a clip. The model is so small that decoding is most of the work: with a larger one less is won. The cache "
-        "is empty when its sweep begins. A pass goes by the speed of all steps but the first; what a trial takes "
-        "besides, start of its processes and scoring, is the start-up."
+        f"(44.1 kHz, stereo, 160 kbit/s; {setting['distinct']} different pieces, each file with a tag of its own), on "
+        f"a cluster of {setting['cpus']} CPUs that both sweeps run on in turn. A tower hears "
+        f"{setting['crop_seconds']:g} s of a clip. The model is so small that decoding is most of the work: with a "
+        "larger one less is won. The cache is empty when its sweep begins. A pass goes by the speed of all steps but "
+        "the first; what a trial takes besides, start of its processes and scoring, is the start-up."
     )
     speedup = results["ratios"]["shared_decode_speedup"]
     found = (

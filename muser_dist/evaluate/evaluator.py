@@ -32,7 +32,8 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storag
 
     Returns:
         what evaluation.json holds: "rows", "rows_without" (by modality, rows that could not be
-        used), "retrieval", "zero_shot", "skipped_fields".
+        used), "retrieval", "retrieval_by_leading_dims" (the same by the first dimensions alone, for each of
+        objective.dims), "zero_shot", "skipped_fields".
 
     Raises:
         DataError: the shards hold no usable row.
@@ -64,6 +65,13 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storag
         both = usable[name] & usable["text"]
         if both.any():
             retrieval |= text_audio_retrieval(joined[name], joined["text"], text_ids, both, audio_name=name)
+    leading: dict[str, Any] = {str(dim): {} for dim in config.objective.dims}
+    for dim in config.objective.dims:
+        for name in others:
+            both = usable[name] & usable["text"]
+            if both.any():
+                first, text = joined[name][:, :dim], joined["text"][:, :dim]
+                leading[str(dim)] |= text_audio_retrieval(first, text, text_ids, both, audio_name=name)
     scores: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for field in config.evaluate.fields:
@@ -90,6 +98,7 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storag
         "rows": int(real.sum()),
         "rows_without": {name: int((real & ~flags).sum()) for name, flags in usable.items()},
         "retrieval": retrieval,
+        "retrieval_by_leading_dims": leading,
         "zero_shot": scores,
         "skipped_fields": skipped,
     }

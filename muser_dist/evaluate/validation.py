@@ -4,6 +4,7 @@ In a task it takes nothing of the trainers' time; in place the trainers wait for
 snapshot is an exported model (`muser_dist.muser.save_model`), so what is scored is what would be shipped.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def flat_scores(evaluation: dict[str, Any]) -> dict[str, float]:
 
     Returns:
         "val_MRR/text->audio" for each metric of RETRIEVAL and direction, "val_accuracy/genre by audio" for each of
-        ZERO_SHOT, field and modality, and under "val_MRR" and "val_accuracy" their means.
+        ZERO_SHOT, field and modality, and under "val_MRR" and "val_accuracy" their means; under "val_MRR@64" that by
+        the first 64 dimensions alone, for each of objective.dims.
     """
     parts: dict[str, dict[str, float | None]] = {metric: {} for metric in (*RETRIEVAL, *ZERO_SHOT)}
     for direction, scores in evaluation["retrieval"].items():
@@ -64,6 +66,10 @@ def flat_scores(evaluation: dict[str, Any]) -> dict[str, float]:
         if known:
             flat[f"val_{metric}"] = sum(known.values()) / len(known)
         flat |= {f"val_{metric}/{part}": value for part, value in known.items()}
+    for dim, by_direction in evaluation["retrieval_by_leading_dims"].items():
+        for metric in RETRIEVAL if by_direction else ():
+            values = [scores[metric] for scores in by_direction.values() if scores[metric] is not None]
+            flat |= {f"val_{metric}@{dim}": sum(values) / len(values)} if values else {}
     return flat
 
 
@@ -76,9 +82,9 @@ def score_names(config: RunConfig) -> list[str]:
     for metrics, parts in ((RETRIEVAL, directions), (ZERO_SHOT, fields)):
         for metric in metrics if parts else ():
             found += [f"val_{metric}", *(f"val_{metric}/{part}" for part in parts)]
-    return found
+    return found + [f"val_{metric}@{dim}" for dim in config.objective.dims for metric in RETRIEVAL if directions]
 
 
 def lower_is_better(score: str) -> bool:
     """Whether the least value of a score is the best; of all but the median rank it is the greatest."""
-    return score.partition("/")[0] == "val_median_rank"
+    return re.split("[/@]", score)[0] == "val_median_rank"

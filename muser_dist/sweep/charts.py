@@ -15,7 +15,7 @@ from muser_dist.evaluate.charts import COLOURS, svg_of
 from muser_dist.sweep.record import Record, Trial
 from muser_dist.sweep.space import Choice, Range, Space
 
-_BEST, _OTHER = COLOURS[0], COLOURS[5]
+_BEST, _OTHER, _LEADING = COLOURS[0], COLOURS[5], COLOURS[1]
 
 _BINS = 3
 """Parts of a range over which scores are averaged."""
@@ -38,6 +38,8 @@ def draw_charts(space: Space, record: Record, metric: str) -> dict[str, list[dic
             parts["parallel"].append(_picture("Parallel coordinates", note, _parallel(space, finished, metric)))
             for field, dimension in space.items():
                 note = "Finished trials; bars: means and their 95 % intervals (Student's t) where there are several"
+                if field == "model.projection_dim" and by_leading_dims(dimension, finished, metric):
+                    note += "; crosses: the same sizes as the first dimensions of larger runs (objective.dims)"
                 parts["fields"].append(_picture(field, note, _by_field(field, dimension, finished, metric)))
         if curves:
             note = "Solid to the end: finished. Dashed: stopped early, diverged or failed"
@@ -67,6 +69,17 @@ def by_value(field: str, dimension: Choice | Range, trials: list[Trial]) -> list
         if n > 1:
             half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
         found.append((float(middles[number]), float(values.mean()), half, n))
+    return found
+
+
+def by_leading_dims(dimension: Choice | Range, trials: list[Trial], metric: str) -> list[tuple[float, float]]:
+    """Place on the axis of model.projection_dim, and score, of sizes that Matryoshka runs have besides their own."""
+    found = []
+    for trial in trials:
+        for name, score in trial.scores.items():
+            whole, _, size = name.rpartition("@")
+            if whole == metric and (isinstance(dimension, Range) or int(size) in dimension.values):
+                found.append((place(dimension, int(size)), score))
     return found
 
 
@@ -132,6 +145,9 @@ def _by_field(field: str, dimension: Choice | Range, finished: list[Trial], metr
     for middle, mean, half, _ in by_value(field, dimension, finished):
         bars = None if math.isnan(half) else half
         axes.errorbar([middle], [mean], yerr=bars, fmt="D", color=_BEST, capsize=4, markersize=5, linewidth=1.6)
+    if field == "model.projection_dim":
+        sizes = by_leading_dims(dimension, finished, metric)
+        axes.plot([x for x, _ in sizes], [score for _, score in sizes], "x", color=_LEADING, markersize=6)
     ticks = _ticks(dimension)
     axes.set_xticks([position for position, _ in ticks], [label for _, label in ticks])
     axes.set_xlim(-0.1, 1.1)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from muser_dist.sweep.charts import by_value, place
+from muser_dist.sweep.charts import by_leading_dims, by_value, place
 from muser_dist.sweep.plan import config_of, plan
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.results import HPARAMS, TABLE, command_of, describe, table, write_results
@@ -85,3 +85,11 @@ def test_a_range_is_averaged_in_thirds_of_its_logarithm():
         (round(0.5 / 3, 3), 2.0, 2),
         (round(2.5 / 3, 3), 6.0, 2),
     ]
+
+
+def test_sizes_are_read_off_matryoshka_runs_too():
+    scores = {"val_MRR": 0.5, "val_MRR@4": 0.3, "val_MRR@6": 0.35, "val_MRR/text->audio": 0.6, "val_R@10@8": 0.9}
+    trials = [Trial(0, {}, "finished", [(9, 0.5)], scores), Trial(1, {}, "finished", [(9, 0.1)], {"val_MRR": 0.1})]
+    assert by_leading_dims(Choice((4, 8, 16)), trials, "val_MRR") == [(0.0, 0.3)]
+    assert [score for _, score in by_leading_dims(Range(4, 16, integer=True), trials, "val_MRR")] == [0.3, 0.35]
+    assert by_leading_dims(Choice((4, 8, 16)), trials, "val_R@10") == [(0.5, 0.9)]
