@@ -10,7 +10,8 @@ from ray import tune
 from muser_dist.sweep.plan import Planned, config_of
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.space import named
-from muser_dist.train.loop import DIVERGED, STOPPED
+from muser_dist.sweep.trial import ERROR
+from muser_dist.train.loop import DIVERGED
 from muser_dist.train.runlog import EVENTS, read_lines
 
 
@@ -26,6 +27,7 @@ class Following(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._of(trial)
         ours.state, ours.curve, ours.error = "running", [], None
+        (config_of(self._planned.base, ours).folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
         self._started[ours.number] = time.monotonic()
         self._tell(ours, named(ours.overrides))
 
@@ -48,7 +50,8 @@ class Following(tune.Callback):
         folder = config_of(self._planned.base, ours).folder
         events = read_lines(folder / EVENTS)
         ours.state = "diverged" if events and events[-1]["event"] == DIVERGED else "failed"
-        ours.error = (folder / STOPPED).read_text() if (folder / STOPPED).exists() else _last_line(trial)
+        told = folder / ERROR
+        ours.error = told.read_text().partition("\n")[0] if told.exists() else "its actor died"
         self._over(ours, ours.error)
 
     def _of(self, trial: Any) -> Trial:
@@ -71,9 +74,3 @@ class Following(tune.Callback):
             eta = f"  ETA {seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
         line = f"trial {ours.name} {ours.state}" + (f": {what}" if what else "")
         print(f"{line}  [{parts} of {self._planned.total}{eta}]", flush=True)
-
-
-def _last_line(trial: Any) -> str:
-    """What a trial's error says, without the traceback."""
-    text = str(trial.get_error() or "").strip()
-    return text.splitlines()[-1] if text else "unknown"

@@ -9,8 +9,12 @@ from ray import tune
 from muser_dist.config import RunConfig, from_dict
 from muser_dist.errors import MuserError
 from muser_dist.evaluate.validation import flat_scores
+from muser_dist.files import write_whole
 from muser_dist.train.launch import EVALUATION, pretrain
 from muser_dist.train.runlog import EVENTS, read_lines
+
+ERROR = "error.txt"
+"""File in a trial's folder that says why it failed or diverged."""
 
 _LOOK_SECONDS = 1.0
 
@@ -30,14 +34,30 @@ def run_trial(settings: dict[str, Any], metric: str, command: list[str]) -> None
         MuserError: the run failed or diverged, or has no such score.
     """
     config = from_dict(json.loads(settings["config"]), "the trial's config")
-    if not (config.folder / EVALUATION).exists():
-        _train(config, metric, command)
+    try:
+        if not (config.folder / EVALUATION).exists():
+            _train(config, metric, command)
+        scores = _scores(config, metric)
+    except Exception as error:
+        # For the driver, which Ray Tune tells a traceback of its own.
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(config.folder / ERROR, str(error) if isinstance(error, MuserError) else repr(error))
+        raise
+    _report(config.train.steps * config.train.global_batch, scores, metric, finished=True)
+
+
+def _scores(config: RunConfig, metric: str) -> dict[str, float]:
+    """The scores of the trained model.
+
+    Raises:
+        MuserError: the one that decides is not among them.
+    """
     evaluation = json.loads((config.folder / EVALUATION).read_text())
     scores = flat_scores(evaluation)
     if metric not in scores:
         skipped = "; ".join(f"{field}: {reason}" for field, reason in evaluation["skipped_fields"].items())
         raise MuserError(f"metric: the validation data give no {metric}{f' ({skipped})' if skipped else ''}")
-    _report(config.train.steps * config.train.global_batch, scores, metric, finished=True)
+    return scores
 
 
 def _train(config: RunConfig, metric: str, command: list[str]) -> None:

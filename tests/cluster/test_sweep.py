@@ -105,7 +105,8 @@ def test_each_trial_ends_as_it_should_and_none_that_is_over_is_repeated(swept):
     assert not any("trial 000" in line for _, line in driver.lines if "running" in line.split("[")[0])
     last = read_lines(folder / "trials" / "003" / METRICS)[-1]
     assert last["step"] < 20  # it was stopped
-    assert "not finite at step 1" in json.loads((folder / RECORD).read_text())["trials"][2]["error"]
+    errors = [trial["error"] for trial in json.loads((folder / RECORD).read_text())["trials"]]
+    assert errors[0] is None and "this objective always fails" in errors[1] and "not finite at step 1" in errors[2]
     page = (folder / "sweep.html").read_text()
     assert "Trials: 1 finished, 1 stopped, 1 diverged, 1 failed" in " ".join(page.split())
 
