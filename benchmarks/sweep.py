@@ -137,8 +137,8 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
     for round_ in range(options.rounds):
         for case in ("without", "with cache") if round_ % 2 == 0 else ("with cache", "without"):
             base = config_of(folder, f"{case.replace(' ', '-')}-{round_}", options)
-            sweep("bench", base, rules, ["benchmarks/sweep.py"])
-            planned = plan("bench", base, rules)
+            sweep("tiny", base, rules, ["benchmarks/sweep.py"])
+            planned = plan("tiny", base, rules)
             for trial in planned.record.trials:
                 row = {"case": case, "round": round_, "trial": trial.number}
                 rows.append(row | seconds_of(config_of_trial(planned.base, trial), trial.seconds))

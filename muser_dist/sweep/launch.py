@@ -1,6 +1,7 @@
 """From a space to its best config: checks, trials under Ray Tune, the page."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -66,6 +67,9 @@ def _run(planned: Planned, options: SweepConfig, command: list[str]) -> None:
         "decoding slots",
         flush=True,
     )
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # tracebacks of trials, of which one line says what matters
     os.environ |= {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     shutil.rmtree(record.folder / _TUNE, ignore_errors=True)
     scheduler = asha(base, options, record) if options.early_stopping == "asha" else None

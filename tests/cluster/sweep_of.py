@@ -11,6 +11,8 @@ from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.launch import sweep
 from tests.small import small_config
 
+RECIPE = "tests.small:small_config"
+
 OBJECTIVES = ("steady", "failing", "diverging", "against")
 """Of tests/cluster/plugins.py, in the order of the grid."""
 
@@ -42,11 +44,11 @@ def options_of(storage: Path, objectives: tuple[str, ...] = OBJECTIVES, **fields
 def main(kind: str, corpus: str, storage: str) -> None:
     folder = Path(storage)
     if kind == "four":
-        sweep("small", base_config(Path(corpus), folder, kind), options_of(folder, concurrent=1), ["test"])
+        sweep(RECIPE, base_config(Path(corpus), folder, kind), options_of(folder, concurrent=1), ["test"])
     elif kind == "two-at-once":
         ray.init("local", num_cpus=2, log_to_driver=False)
         base = base_config(Path(corpus), folder, kind, cpus_per_worker=0.0)
-        sweep("small", base, options_of(folder, ("steady", "against"), early_stopping="none", concurrent=2), ["test"])
+        sweep(RECIPE, base, options_of(folder, ("steady", "against"), early_stopping="none", concurrent=2), ["test"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from muser_dist.sweep.record import RECORD
 from muser_dist.train.launch import pretrain
 from muser_dist.train.runlog import EVENTS, METRICS, read_lines
 from tests.cluster.conftest import CPUS
-from tests.cluster.sweep_of import base_config, options_of
+from tests.cluster.sweep_of import RECIPE, base_config, options_of
 from tests.small import LOCAL
 
 pytestmark = pytest.mark.slow
@@ -118,7 +118,7 @@ def test_the_next_trial_starts_at_once(swept):
 
 
 def test_a_trial_is_what_the_same_config_gives_alone(swept, cluster, corpus, storage):
-    planned = plan("small", base_config(corpus, storage, "four"), options_of(storage))
+    planned = plan(RECIPE, base_config(corpus, storage, "four"), options_of(storage))
     config = config_of(planned.base, planned.record.trials[0])
     alone = pretrain(replace(config, name="alone"), ["test"])
     losses = [[line["loss"] for line in read_lines(run / METRICS)] for run in (config.folder, alone)]
