@@ -1,5 +1,6 @@
 """Scores a model on validation shards: retrieval in both directions, zero-shot classification."""
 
+import contextlib
 import json
 from collections import Counter, defaultdict
 from typing import Any
@@ -8,9 +9,10 @@ import numpy as np
 
 from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import evaluation_chunks
+from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
-from muser_dist.data.text import normal_form, render
+from muser_dist.data.text import flat, normal_form, read_fields, render
 from muser_dist.errors import DataError
 from muser_dist.evaluate.retrieval import text_audio_retrieval, unit_rows
 from muser_dist.evaluate.zero_shot import zero_shot
@@ -76,12 +78,9 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storag
     skipped: dict[str, str] = {}
     for field in config.evaluate.fields:
         labels = same_spelling([values.get(field) for values in fields])
-        classes = sorted({label for label in labels if label is not None})
-        prompts = {value: prompts_for(config.data.templates, field, value) for value in classes}
-        if len(classes) < 2:
-            skipped[field] = f"{len(classes)} different values in the data"
-        elif not all(prompts.values()):
-            skipped[field] = "no template can say it alone"
+        classes, prompts, reason = _classes(field, labels, config)
+        if reason:
+            skipped[field] = reason
         else:
             means = np.stack([muser.encode_text(prompts[value]).mean(axis=0) for value in classes])
             scores[field] = {
@@ -102,6 +101,34 @@ def evaluate(muser: Muser, config: RunConfig, index: ShardIndex, storage: Storag
         "zero_shot": scores,
         "skipped_fields": skipped,
     }
+
+
+def _classes(field: str, labels: list[str | None], config: RunConfig) -> tuple[list[str], dict[str, list[str]], str]:
+    """The values of a field, what templates say of each alone, and why the field cannot be scored, if so."""
+    classes = sorted({label for label in labels if label is not None})
+    prompts = {value: prompts_for(config.data.templates, field, value) for value in classes}
+    reason = ""
+    if len(classes) < 2:
+        reason = f"{len(classes)} different values in the data"
+    elif not all(prompts.values()):
+        reason = "no template can say it alone"
+    return classes, prompts, reason
+
+
+def skipped_fields(config: RunConfig, index: ShardIndex, storage: Storage) -> dict[str, str]:
+    """Fields of evaluate.fields that `evaluate` will leave out, and why, by the metadata: nothing is decoded."""
+    reader, left = RowReader(index, storage), config.evaluate.rows
+    fields = []
+    for shard, count in enumerate(index.rows.tolist()):
+        for number in range(min(count, left)):
+            row = reader.row(shard, number)
+            with contextlib.suppress(DataError, OSError):  # evaluation says what is wrong with it
+                fields.append(flat(read_fields(row.read("json"), row.read("txt"))))
+        left -= min(count, left)
+    reasons = {}
+    for field in config.evaluate.fields:
+        *_, reasons[field] = _classes(field, same_spelling([values.get(field) for values in fields]), config)
+    return {field: reason for field, reason in reasons.items() if reason}
 
 
 def same_spelling(labels: list[str | None]) -> list[str | None]:

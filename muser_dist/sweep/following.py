@@ -37,13 +37,15 @@ class Following(tune.Callback):
         ours.scores = json.loads(result["scores"])
         if result["finished"]:
             ours.state = "finished"
-        self._tell(ours, f"{self._metric} {result['score']:.4g} at {result['samples']:,} samples")
+            self._record.save()
+        else:
+            self._tell(ours, self._score(ours))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._of(trial)
         if ours.state == "running":
             ours.state = "stopped"
-        self._over(ours, "")
+        self._over(ours, self._score(ours))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self._of(trial)
@@ -56,6 +58,10 @@ class Following(tune.Callback):
 
     def _of(self, trial: Any) -> Trial:
         return self._record.trials[trial.config["number"]]
+
+    def _score(self, ours: Trial) -> str:
+        samples, score = ours.curve[-1]
+        return f"{self._metric} {score:.4g} at {samples:,} samples"
 
     def _over(self, ours: Trial, what: str) -> None:
         seconds = time.monotonic() - self._started.pop(ours.number, time.monotonic())

@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from muser_dist.config import RunConfig, to_dict
+from muser_dist.errors import ConfigError
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.following import Following
 from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_samples, plan, room
@@ -46,7 +47,12 @@ def sweep(recipe: str, base: RunConfig, options: SweepConfig, command: list[str]
     if len(record.trials) >= planned.total and not list(left(record)):
         print("All trials are over; none is tried again.", flush=True)
     else:
-        record.save()
+        try:
+            record.save()
+        except OSError as error:
+            raise ConfigError(
+                f"storage: cannot write to {record.folder} ({error.strerror}); give another --storage"
+            ) from None
         _run(planned, options, command)
     page = write_results(recipe, planned, options, command)
     print(f"\n{describe(recipe, planned, options)}\nPage    {page}", flush=True)
@@ -67,9 +73,7 @@ def _run(planned: Planned, options: SweepConfig, command: list[str]) -> None:
         "decoding slots",
         flush=True,
     )
-    logging.getLogger("ray.tune").setLevel(
-        logging.CRITICAL
-    )  # tracebacks of trials, of which one line says what matters
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of trials, of which a line says what matters
     os.environ |= {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     shutil.rmtree(record.folder / _TUNE, ignore_errors=True)
     scheduler = asha(base, options, record) if options.early_stopping == "asha" else None

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 
 from muser_dist.config import OPERATIONAL, RunConfig, leaves, to_dict
+from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.errors import require
-from muser_dist.evaluate.validation import lower_is_better, score_names
+from muser_dist.evaluate.evaluator import skipped_fields
+from muser_dist.evaluate.validation import ZERO_SHOT, lower_is_better, score_names
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.record import Record, Trial
 from muser_dist.sweep.search import Optuna, Plan
 from muser_dist.sweep.space import Space, apply, check_space, draws, load_space, named
 from muser_dist.train.dry_run import dry_run
-from muser_dist.train.preflight import check_settings, find_shards
+from muser_dist.train.preflight import VAL, check_settings, find_shards
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
     """
     space = load_space(options.space)
     check_space(space, base)
+    least, most = base.train.worker_range
+    require(least == most, f"train.workers is {base.train.workers!r}; trials share the cluster: give one number")
+    require("://" not in base.storage, f"storage: {base.storage!r} is a URL; give a folder that every node sees")
     require(bool(base.data.val), "a sweep compares scores: give --data.val 'FOLDER/val-*.tar'")
     names = score_names(base)
     near = get_close_matches(options.metric, names, n=1)
@@ -57,7 +62,16 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
         f"{', '.join(names)}",
     )
     check_settings(base)
-    find_shards(base, Storage.of(base.data))
+    storage = Storage.of(base.data)
+    shards = find_shards(base, storage)
+    if options.metric.partition("/")[0].removeprefix("val_") in ZERO_SHOT:
+        skipped = skipped_fields(base, index_shards(storage, shards[VAL.name], "data.val"), storage)
+        field = options.metric.partition("/")[2].rpartition(" by ")[0]
+        require(
+            field not in skipped and len(skipped) < len(base.evaluate.fields),
+            f"metric: the validation data give no {options.metric} "
+            f"({'; '.join(f'{name}: {reason}' for name, reason in skipped.items())})",
+        )
     base = _with_scores(_absolute(base), options)
     settings = {name: value for name, value in leaves(to_dict(base)) if name not in OPERATIONAL and name != "name"}
     definition = json.loads(

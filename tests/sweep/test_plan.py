@@ -29,6 +29,7 @@ RECIPE = "tests.small:small_config"
         ("val_R@10/text->lyrics", r"did you mean val_R@10/text->audio\?"),
         ("val_accuracy/genre by audio", "val_accuracy/instrument by audio"),
         ("loss", "there is no 'loss'"),
+        ("val_accuracy/absent by audio", r"the validation data give no .* \(absent: 0 different values in the data\)"),
     ],
 )
 def test_a_metric_that_does_not_exist(tmp_path, metric, message):
@@ -41,6 +42,11 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path):
     base, options = base_of(tmp_path), options_of(tmp_path)
     with pytest.raises(ConfigError, match="give --data"):
         plan("small", replace(base, data=replace(base.data, val=())), options)
+    ranged = replace(base, train=replace(base.train, workers="1:2", resource="trainer"))
+    with pytest.raises(ConfigError, match="trials share the cluster: give one number"):
+        plan("small", ranged, options)
+    with pytest.raises(ConfigError, match="is a URL"):
+        plan("small", replace(base, storage="s3://bucket/runs"), options)
     late = replace(base, evaluate=replace(base.evaluate, every_samples=100))
     with pytest.raises(ConfigError, match=r"every_samples \(100\).*first comparison waits for \(16 samples\)"):
         plan("small", late, options)
