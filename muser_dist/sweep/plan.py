@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from muser_dist.config import OPERATIONAL, RunConfig, leaves, to_dict
 from muser_dist.data.shards import index_shards
@@ -58,7 +59,7 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
     near = get_close_matches(options.metric, names, n=1)
     require(
         options.metric in names,
-        f"metric: there is no {options.metric!r}{f'; did you mean {near[0]}?' if near else ''} There are "
+        f"metric: there is no {options.metric!r}{f'; did you mean {near[0]}?' if near else '.'} There are "
         f"{', '.join(names)}",
     )
     check_settings(base)
@@ -135,6 +136,7 @@ def _absolute(base: RunConfig) -> RunConfig:
         sources=tuple(replace(source, shards=tuple(map(of, source.shards))) for source in base.data.sources),
         storage_options=of(base.data.storage_options),
         cache_folder=of(base.data.cache_folder),
+        tokenizer=of(base.data.tokenizer) if Path(base.data.tokenizer).exists() else base.data.tokenizer,
     )
     train = replace(base.train, checkpoint_storage=of(base.train.checkpoint_storage))
     return replace(base, data=data, train=train, storage=of(base.storage))

@@ -31,7 +31,7 @@ class Trial:
         state: "stopped" is by early stopping.
         curve: (samples, the sweep's score) of the model while it trained, and at its end.
         scores: all scores, by name, of the trained model, or the last before it was stopped.
-        seconds: from its start to its end, over all drivers.
+        seconds: of its attempts, but for those whose driver died.
         error: why it diverged or failed.
     """
 
