@@ -81,6 +81,7 @@ def job(arguments: list[str]) -> None:
         not missing, f"--modalities: the model has no {', '.join(missing)} tower, only {', '.join(muser.modalities)}"
     )
     data = replace(muser.config.data, storage_options=options.storage_options, cache_folder=options.cache_folder)
+    data = replace(data, keep_clips=False)  # each is heard once, and as Muser.encode_audio hears it
     rows: FileReader | RowReader
     if options.folder:
         root = str(options.folder.absolute())

@@ -4,7 +4,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Annotated, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -13,6 +15,9 @@ from muser_dist.config import RunConfig
 from muser_dist.data.config import SourceConfig, read_label_values, read_sources
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.recipes import RECIPES, load_recipe
+from muser_dist.sweep.config import SweepConfig
+
+_T = TypeVar("_T")
 
 
 def main(job: Callable[[list[str]], None]) -> None:
@@ -139,6 +144,52 @@ def parse_run(
         ConfigError: no recipe was given, or there is none of that name.
         SystemExit: after --help, or with status 2 for a wrong field; the nearest name is shown.
     """
+    start, overrides = _start(arguments, program)
+    name, default = load(start)
+    config = _parse(
+        RunConfig,
+        default,
+        overrides,
+        f"{program} {start}",
+        f"Trains what {start!r} names. The same command again goes on where it stopped. "
+        "With --dry-run it prints what the run would do and need, with --train.find-chunk the largest chunk that fits, "
+        "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing.",
+    )
+    return config.named(name)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep's options and its base's, side by side on the command line."""
+
+    sweep: Annotated[SweepConfig, tyro.conf.arg(name="")]
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def parse_sweep(arguments: list[str], program: str) -> tuple[str, RunConfig, SweepConfig]:
+    """RECIPE, --space and overrides to the recipe's name, what trials have in common, and the sweep's rules.
+
+    Raises:
+        ConfigError, SystemExit: as `parse_run`.
+    """
+    recipe, overrides = _start(arguments, program)
+    base = load_recipe(recipe)
+    base = replace(base, data=replace(base.data, keep_clips=True))  # trials hear the same clips over and over
+    parsed = _parse(
+        _Sweep,
+        _Sweep(SweepConfig(tyro.MISSING), base),
+        overrides,
+        f"{program} {recipe}",
+        f"Tries other values of some fields of the recipe {recipe!r}, each in a run of its own, and finds the best. "
+        "The fields and their values are in --space; all other options are those of a run (jobs/pretrain.py), and hold "
+        "for all trials. The same command again goes on where it stopped; trials that are over are not tried again. "
+        "With --dry-run it prints the trials and what they would need, and starts nothing.",
+    )
+    return recipe, parsed.run, parsed.sweep
+
+
+def _start(arguments: list[str], program: str) -> tuple[str, list[str]]:
+    """The first argument, START or RECIPE, and the others."""
     recipes = ", ".join(RECIPES)
     if not arguments or arguments[0].startswith("-"):
         usage = (
@@ -151,17 +202,16 @@ def parse_run(
             sys.exit(0)
         near = get_close_matches(arguments[0].strip("-"), RECIPES, n=1) if arguments else []
         raise ConfigError(f"the first argument must be a recipe{f' ({near[0]}?)' if near else ''}\n{usage}")
-    start, *overrides = arguments
-    name, default = load(start)
-    config = tyro.cli(
-        RunConfig,
+    return arguments[0], arguments[1:]
+
+
+def _parse(kind: type[_T], default: _T, arguments: list[str], program: str, description: str) -> _T:
+    return tyro.cli(
+        kind,
         default=default,
-        args=overrides,
-        prog=f"{program} {start}",
+        args=arguments,
+        prog=program,
         registry=_FILES,
         config=(tyro.conf.AvoidSubcommands,),  # a recipe's towers are there or not; their fields are options
-        description=f"Trains what {start!r} names. The same command again goes on where it stopped. "
-        "With --dry-run it prints what the run would do and need, with --train.find-chunk the largest chunk that fits, "
-        "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing.",
+        description=description,
     )
-    return config.named(name)

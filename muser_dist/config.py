@@ -195,7 +195,7 @@ class RunConfig(Strict):
         """This config with its default name filled in: `recipe` and a hash of the settings that decide the result."""
         if self.name:
             return self
-        settings = {name: value for name, value in _leaves(to_dict(self)) if name not in OPERATIONAL}
+        settings = {name: value for name, value in leaves(to_dict(self)) if name not in OPERATIONAL}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return replace(self, name=f"{recipe.replace(':', '.')}-{digest[:8]}")
 
@@ -225,10 +225,13 @@ OPERATIONAL = frozenset(
         "data.read_timeout",
         "data.cache_folder",
         "data.cache_gib",
+        "data.clip_cache_gib",
         "data.decode_slots",
+        "data.max_decode_slots",
         "data.buffer_mib",
         "data.max_bad_share",
         "train.workers",
+        "train.gpu_share",
         "train.cpus_per_worker",
         "train.resource",
         "train.checkpoint_storage",
@@ -280,10 +283,11 @@ def from_dict(values: Any, source: str) -> RunConfig:
         raise ConfigError(f"{source}: {where}: {first['msg']}") from None
 
 
-def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of what `to_dict` returned."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{name}.")
+            yield from leaves(value, f"{path}{name}.")
         else:
             yield path + name, value
 

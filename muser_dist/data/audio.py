@@ -22,6 +22,8 @@ MAX_SECONDS = 4 * 3600
 
 _MAX_CHANNELS = 32
 
+_EMPTY = "empty: no samples"
+
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,ogg,flac,wav,w64,mp3,aiff,au,caf,asf,ape,wv,tta,mpc,mpc8,ac3,eac3,amr"
 )
@@ -79,12 +81,8 @@ def to_int16(waveform: np.ndarray, rate: int, config: DataConfig, seed: int | No
     """
     samples = config.crop_samples
     if waveform.shape[0] == 0:
-        raise DataError("empty: no samples")
-    # The mean of two channels as one product: numpy's mean over a short axis is slow.
-    channels = waveform.shape[1] if waveform.ndim == 2 else 1
-    mono = waveform @ np.full(channels, 1 / channels, waveform.dtype) if waveform.ndim == 2 else waveform
-    if not np.isfinite(mono).all():
-        raise DataError("has samples that are NaN or infinite")
+        raise DataError(_EMPTY)
+    mono = _mono(waveform)
     if rate != config.sample_rate:
         mono = soxr.resample(mono, rate, config.sample_rate, quality="HQ")
     mono = mono[:samples]
@@ -95,8 +93,54 @@ def to_int16(waveform: np.ndarray, rate: int, config: DataConfig, seed: int | No
     if seed is not None and config.augment.any:
         mono = augment(mono, config.sample_rate, config.augment, np.random.default_rng(seed))
     result = np.zeros(samples, np.int16)
-    result[: len(mono)] = np.rint(np.clip(mono, -1.0, 1.0) * 32767.0)
+    result[: len(mono)] = _quantised(mono)
     return result, len(mono)
+
+
+def decode_whole(data: bytes, rate: int) -> np.ndarray:
+    """Decodes a whole clip, in blocks: memory holds its result alone.
+
+    Args:
+        data: the encoded file, as for `decode`.
+        rate: of the result in Hz.
+
+    Returns:
+        waveform (samples,) int16, mono. What `to_int16` makes of a crop of it, divided by 32,767, is the crop that
+        `decode` finds, up to where it begins between two samples, rounding, and the resampler's edges.
+
+    Raises:
+        DataError: the clip cannot be decoded, is empty, longer than MAX_SECONDS, or not finite anywhere.
+    """
+    parts: list[np.ndarray] = []
+    stream: soxr.ResampleStream | None = None
+    for block, own in read_blocks(data):
+        if own != rate and stream is None:
+            stream = soxr.ResampleStream(own, rate, 1, dtype="float32", quality="HQ")
+        mono = _mono(block)
+        parts.append(_quantised(stream.resample_chunk(mono) if stream else mono))
+    if not parts:
+        raise DataError(_EMPTY)
+    if stream:
+        parts.append(_quantised(stream.resample_chunk(np.zeros(0, np.float32), last=True)))
+    return np.concatenate(parts)
+
+
+def _mono(waveform: np.ndarray) -> np.ndarray:
+    """(frames,) or (frames, channels) float mixed down.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    # The mean of two channels as one product: numpy's mean over a short axis is slow.
+    channels = waveform.shape[1] if waveform.ndim == 2 else 1
+    mono = waveform @ np.full(channels, 1 / channels, waveform.dtype) if waveform.ndim == 2 else waveform
+    if not np.isfinite(mono).all():
+        raise DataError("has samples that are NaN or infinite")
+    return mono
+
+
+def _quantised(mono: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(mono, -1.0, 1.0) * 32767.0).astype(np.int16)
 
 
 def probe(data: bytes) -> tuple[int, int, float]:

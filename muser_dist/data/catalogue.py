@@ -251,10 +251,10 @@ class _Found:
         rate, channels, self.seconds[-1] = isolated.probe(sound)
         self.formats[row.audio or "", rate, channels] += 1
         waveform = np.zeros((1, _EXCERPT.crop_samples), np.int16)
-        length = isolated.decode({0: Crop(sound, 0.5, None)}, waveform)[0]
-        if isinstance(length, DataError):
-            raise length
-        self.prints[-1] = fingerprint.fingerprint(waveform[0, :length])
+        decoded = isolated.decode({0: Crop(sound, 0.5, None)}, waveform)[0]
+        if isinstance(decoded, DataError):
+            raise decoded
+        self.prints[-1] = fingerprint.fingerprint(waveform[0, : decoded.length])
 
     def _read(self, row: Row, policy: TextPolicy) -> None:
         metadata, text = row.read("json"), row.read("txt")

@@ -24,6 +24,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     label_id         int64 (c,)      which rows have the same value of data.label; -1 where there is none
     label/<field>    int64 (c,) or int8 (c, values), of each field that is learned: see `Labels.empty`
     valid_label      bool  (c,)      has a label in one of those fields, where there are any
+    heard, cached    bool  (c,)      its (first) crop is there; its clip came from the cache (data.keep_clips)
     in_val           bool  (c,)      same audio or same title as a validation row
     fields           str   (c,)      metadata as JSON; in evaluation only
     problems         list of str     JSON entries for the quarantine
@@ -278,18 +279,18 @@ class ChunkReader:
                 if needs_metadata:
                     report(i, "json" if "json" in row.extensions else "", error)
 
-        def hear(crops: dict[int, Crop], waveforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            lengths, heard = np.zeros(c, np.int32), np.zeros(c, bool)
-            for i, length in decoder(data).decode(crops, waveforms).items():
-                if isinstance(length, DataError):
+        def hear(crops: dict[int, Crop], waveforms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            lengths, heard, cached = np.zeros(c, np.int32), np.zeros(c, bool), np.zeros(c, bool)
+            for i, decoded in decoder(data).decode(crops, waveforms).items():
+                if isinstance(decoded, DataError):
                     row = outline.found[i]
-                    report(i, row.audio or "" if row else "", length)
+                    report(i, row.audio or "" if row else "", decoded)
                 else:
-                    lengths[i], heard[i] = length, True
+                    (lengths[i], cached[i]), heard[i] = decoded, True
             waveforms[~heard] = 0
-            return lengths, heard
+            return lengths, heard, cached
 
-        lengths, heard = hear(crops, waveforms)
+        lengths, heard, cached = hear(crops, waveforms)
         chunk: Chunk = {
             "step": np.int64(outline.step),
             "chunk": np.int64(outline.chunk),
@@ -303,6 +304,8 @@ class ChunkReader:
             "text": sentences,
             "text_id": text_ids,
             "label_id": label_ids,
+            "heard": heard,
+            "cached": cached,
             "in_val": in_val,
             "fields": fields,
             "problems": problems,
@@ -319,7 +322,7 @@ class ChunkReader:
                 if heard[i]
             }
             chunk["view"] = np.empty_like(waveforms)
-            chunk["view_length"], chunk["valid_view"] = hear(views, chunk["view"])
+            chunk["view_length"], chunk["valid_view"], _ = hear(views, chunk["view"])
         if "text" in self.features:
             tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
             chunk["text_ids"], chunk["text_length"] = tokenizer(sentences)

@@ -122,11 +122,17 @@ class DataConfig(Strict):
     read_timeout: float = 60.0
     """Seconds after which a stalled read from remote storage is broken off and tried again."""
     cache_folder: str = ""
-    """Folder on each node for copies of remote shards; "muser-cache" in the temporary folder
+    """Folder on each node for copies of remote shards and for decoded clips; "muser-cache" in the temporary folder
     when not given."""
     cache_gib: float = 64.0
-    """GiB of that folder; the shards not used for longest make room. Holds at least a window's
+    """GiB of copies of shards; those not used for longest make room. Holds at least a window's
     shards, or they are fetched again and again."""
+    keep_clips: bool = False
+    """Decodes and resamples clips whole, and keeps them on each node's disk: later passes, and other runs, decode
+    nothing. Crops and augmentation come after it. Pays off from some passes on (docs/sweeps.md says how many). Crops
+    begin at samples of the result in place of the file's, so they differ a little from those without."""
+    clip_cache_gib: float = 64.0
+    """GiB of such clips on each node; those not used for longest make room. A minute takes 2 MB at 16 kHz."""
     sample_rate: int = 16_000
     """Rate in Hz that every clip is resampled to."""
     crop_seconds: float = 5.0
@@ -173,6 +179,8 @@ class DataConfig(Strict):
     decode_slots: int = 2
     """Logical CPUs for reading and decoding: declared beside the workers' when the job starts
     Ray itself; a cluster that is already running must have at least one left."""
+    max_decode_slots: int = 0
+    """Most CPUs of a cluster that decode for this run, so that others find some; 0 takes all that workers leave."""
     buffer_mib: int = 1024
     """MiB of the object store that decoded chunks may fill until they are trained on; three chunks
     for each decoding slot and each worker where that is more."""
@@ -200,8 +208,10 @@ class DataConfig(Strict):
         require(self.max_tokens >= 2, "data.max_tokens must be at least 2")
         require(self.vocabulary >= 16, "data.vocabulary must be at least 16")
         require(self.decode_slots >= 1, "data.decode_slots must be at least 1, or nothing can be decoded")
+        require(self.max_decode_slots >= 0, "data.max_decode_slots must not be negative")
         for name in ("window_shards", "buffer_mib", "read_timeout", "cache_gib"):
             require(getattr(self, name) > 0, f"data.{name} must be positive")
+        require(self.clip_cache_gib >= 0, "data.clip_cache_gib must not be negative")
         for name in ("field_dropout", "line_dropout"):
             require(0 <= getattr(self, name) < 1, f"data.{name} is a probability below 1")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share is a share; give 0 to 1")

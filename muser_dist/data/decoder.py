@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from muser_dist.data import audio
+from muser_dist.data.clips import ClipCache
 from muser_dist.data.config import DataConfig
 from muser_dist.data.tar import Stored
 from muser_dist.data.windows import cut_windows
@@ -53,6 +54,9 @@ _TOGETHER = 16
 """Members that the child is asked for at a time. Woken after each, the parent finds its caches cold,
 and its own work takes four times as long."""
 
+_CACHED = "cached"
+"""Words of an answer whose clip came from the cache."""
+
 _Request = tuple[Stored, list[Any]]
 """A member, and position and seed of a crop; or the hop between the windows of the whole clip, which are then
 answered `_TOGETHER` at a time; or nothing, and what its headers say is asked for."""
@@ -70,6 +74,13 @@ class Crop(NamedTuple):
     seed: int | None
 
 
+class Decoded(NamedTuple):
+    """A crop that could be decoded: its samples before the padding, and whether its clip came from the cache."""
+
+    length: int
+    cached: bool
+
+
 class Decoder:
     """A child process that decodes audio members.
 
@@ -84,7 +95,7 @@ class Decoder:
         self._memory = FileIO(os.memfd_create("muser-decoder"), "r+")
         self._shared = _share(self._memory.fileno(), config)
 
-    def decode(self, crops: Mapping[int, Crop], into: np.ndarray) -> dict[int, int | DataError]:
+    def decode(self, crops: Mapping[int, Crop], into: np.ndarray) -> dict[int, Decoded | DataError]:
         """`audio.decode` of several crops with this decoder's config.
 
         Args:
@@ -92,13 +103,15 @@ class Decoder:
             into: (c, samples) int16, gets the waveforms of those that can be decoded.
 
         Returns:
-            of each crop its samples before the padding, or an error: as there; or the shard ends
-            inside the member, or decoding takes too long or has killed its process twice.
+            of each crop how it was decoded, or an error: as there; or the shard ends inside the
+            member, or decoding takes too long or has killed its process twice.
         """
         rows = list(crops)
         answers = self._ask([(sound, [position, seed]) for sound, position, seed in crops.values()], into, rows)
-        lengths = (answer if isinstance(answer, DataError) else answer[0] for answer in answers)
-        return dict(zip(rows, lengths, strict=True))
+        decoded = (
+            answer if isinstance(answer, DataError) else Decoded(answer[0], answer[1] == _CACHED) for answer in answers
+        )
+        return dict(zip(rows, decoded, strict=True))
 
     def windows(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
         """`windows.cut_windows` of a whole member with this decoder's config; some windows are held at a time.
@@ -271,7 +284,7 @@ def decoder(config: DataConfig) -> Decoder:
     return _decoder(DataConfig(**{name: getattr(config, name) for name in _OF_CLIPS}))
 
 
-_OF_CLIPS = ("sample_rate", "crop_seconds", "pad", "augment")
+_OF_CLIPS = ("sample_rate", "crop_seconds", "pad", "augment", "keep_clips", "clip_cache_gib", "cache_folder")
 
 
 @lru_cache(maxsize=2)
@@ -307,6 +320,7 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
     limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    clips = ClipCache(config) if config.keep_clips else None
     while True:
         signal.alarm(0)
         text, files, *_ = socket.recv_fds(requests, _REQUEST_BYTES, _TOGETHER)
@@ -320,7 +334,13 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
                 if len(crop) == 1:
                     _serve_windows(requests, shared, data, config, *crop)
                     break
-                if crop:
+                if crop and clips:
+                    position, seed = crop
+                    clip, cached = clips.crop(data, config.crop_samples, position, audio.decode_whole)
+                    waveform = clip.astype(np.float32) / np.float32(32767)
+                    shared["crop"][i], length = audio.to_int16(waveform, config.sample_rate, config, seed)
+                    words = _CACHED if cached else ""
+                elif crop:
                     shared["crop"][i], length = audio.decode(data, config, *crop)
                 else:
                     words = json.dumps(audio.probe(data))

@@ -119,7 +119,7 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
     Args:
         reader: makes the chunks.
         first_step, steps: first step, and the one after the last.
-        slots: chunks that are decoded at a time; more when nodes join.
+        slots: chunks that are decoded at a time; more when nodes join, unless data.max_decode_slots bounds them.
     """
     import ray
 
@@ -146,7 +146,12 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
 
     set_context(slots)
     # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
-    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=slots, max_tasks_in_flight_per_actor=2)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1,
+        initial_size=slots,
+        max_size=reader.data.max_decode_slots or None,
+        max_tasks_in_flight_per_actor=2,
+    )
     return TaskNumbers(tasks, slots).dataset().map_batches(Read, batch_size=None, num_cpus=1, compute=pool)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -25,6 +24,7 @@ import fsspec.asyn
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from filelock import FileLock
 
+from muser_dist.data.cache_folder import LOCKS, cache_folder, make_room
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import ConfigError, DataError
 
@@ -40,11 +40,6 @@ _LONGEST_PAUSE = 30.0
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
 _HOPELESS = ("NoCredentialsError", "ProfileNotFound", "PartialCredentialsError")  # botocore's, which may be absent
-
-_LOCKS = 256
-
-# Seconds without a new byte after which no process is fetching any more.
-_ABANDONED = 3600.0
 
 
 def redact(text: str) -> str:
@@ -90,9 +85,7 @@ class Storage:
                 raise ConfigError(f"data.storage_options: {path} is no JSON") from None
             if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
                 raise ConfigError(f'data.storage_options: {path} must hold {{"PROTOCOL": {{"ARGUMENT": value}}}}')
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        cache = Path(config.cache_folder or f"{tempfile.gettempdir()}/muser-cache-{user}").absolute()
-        return Storage(options, cache, round(config.cache_gib * (1 << 30)), config.read_timeout)
+        return Storage(options, cache_folder(config), round(config.cache_gib * (1 << 30)), config.read_timeout)
 
     # --- Finding shards ---
 
@@ -222,11 +215,11 @@ class Storage:
             name = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
             copy = self.cache / f"{name}.tar"
             self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with FileLock(self.cache / f"lock-{int(name[:8], 16) % _LOCKS:03d}"):
+            with FileLock(self.cache / f"lock-{int(name[:8], 16) % LOCKS:03d}"):
                 if not copy.exists():
-                    self._make_room(size)
+                    make_room(self.cache, self.cache_bytes, size)
                     self._fetch(fs, path, size, copy)
-                    self._make_room(0, keep=copy)  # others may have been fetched meanwhile
+                    make_room(self.cache, self.cache_bytes, keep=copy)  # others may have been fetched meanwhile
             with contextlib.suppress(FileNotFoundError):
                 os.utime(copy)  # used now: the last to make room
             return copy
@@ -248,24 +241,6 @@ class Storage:
                     raise DataError(f"cannot be fetched: the storage gives no byte after {start:,} of {size:,}")
                 file.write(block)
         part.replace(copy)
-
-    def _make_room(self, size: int, keep: Path | None = None) -> None:
-        """Removes the copies that were not used for longest, until `size` bytes more fit."""
-        files = []
-        for file in self.cache.glob("*.*"):
-            try:
-                stat = file.stat()
-                files.append((stat.st_mtime, stat.st_size, file))
-            except FileNotFoundError:  # another task made room
-                continue
-        total = sum(length for _, length, _ in files) + size
-        for used, length, file in sorted(files):
-            if total <= self.cache_bytes:
-                break
-            if file == keep or (file.suffix == ".part" and time.time() - used < _ABANDONED):
-                continue
-            file.unlink(missing_ok=True)  # who reads it just now goes on reading
-            total -= length
 
     def filesystem(self, url: str, setting: str) -> tuple[Any, str]:
         """fsspec's file system of a URL, and the path in it.

@@ -149,11 +149,11 @@ class SongReader:
             numbers = list(sounds)
             into = np.empty((len(sounds), self.data.crop_samples), np.int16)
             crops = {i: Crop(sounds[number], 0.5, None) for i, number in enumerate(numbers)}
-            for i, length in isolated.decode(crops, into).items():
-                if isinstance(length, DataError):
-                    unheard(numbers[i], length)
+            for i, decoded in isolated.decode(crops, into).items():
+                if isinstance(decoded, DataError):
+                    unheard(numbers[i], decoded)
                 else:
-                    yield numbers[i], into[i], length
+                    yield numbers[i], into[i], decoded.length
         else:
             for number, sound in sounds.items():
                 try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
@@ -142,7 +142,7 @@ def _svg(
 
     With `bands`, [low, high] for each point of each curve, places are few and spread evenly by their logarithm.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
+    with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(3.9, 2.3), layout="constrained")
         axes = figure.subplots()
         marker = "o" if len(places) == 1 or bands else None
@@ -169,6 +169,12 @@ def _svg(
         axes.grid(linewidth=0.5, alpha=0.25, color="#000000")
         axes.tick_params(bottom=False, left=False)
         axes.spines[["top", "right", "left"]].set_visible(False)
+        return svg_of(figure, title)
+
+
+def svg_of(figure: Figure, title: str) -> Markup:
+    """A figure as SVG for a page, with COLOURS and black as the page's own."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         text = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
@@ -176,4 +182,5 @@ def _svg(
     for i, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--series-{i})")
     # Text has no fill of its own and takes the page's from the style sheet.
-    return Markup(svg.replace("#000000", "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
+    label = f'<svg role="img" aria-label="{escape(title)}"'
+    return Markup(svg.replace("#000000", "currentColor").replace("<svg", label, 1))

@@ -1,5 +1,6 @@
 """Scores any model on shards: retrieval, zero-shot, geometry; with training shards, probes and few-shot curves too."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,8 +9,10 @@ import numpy as np
 
 from muser_dist.config import RunConfig
 from muser_dist.data.labels import LABEL, Labels
+from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
+from muser_dist.data.text import flat, read_fields
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.evaluate.classification import multi_label, predict, single_label
 from muser_dist.evaluate.comparison import PerRow
@@ -17,8 +20,8 @@ from muser_dist.evaluate.embedding import Embedded, Encoder, embed
 from muser_dist.evaluate.fields import FieldLabels, read_labels
 from muser_dist.evaluate.geometry import geometry
 from muser_dist.evaluate.probes import Kind, few_shot, probe
-from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, score_ranks
-from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, robustness, zero_shot
+from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, retrieval, score_ranks
+from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, prompts_for, robustness, zero_shot
 from muser_dist.muser import Muser
 
 
@@ -86,7 +89,7 @@ def score(
 
     Args:
         model: encodes the prompts.
-        config: `data.templates` and `evaluate.fields`.
+        config: `data.templates`, `evaluate.fields` and `objective.dims`.
         test: rows to score.
         train: rows that probes are fitted on.
         probing: what is probed.
@@ -95,7 +98,8 @@ def score(
 
     Returns:
         What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
-        direction; "zero_shot" and "tagging", by field and modality; "robustness" to wording likewise, where two
+        direction; "retrieval_by_leading_dims", the same by the first dimensions alone, for each of objective.dims;
+        "zero_shot" and "tagging", by field and modality; "robustness" to wording likewise, where two
         templates can say the field; "geometry"; "skipped_fields" with reasons. "probes" by field, modality and
         kind: "head" for what a model's own heads say, and with training rows those that were fitted on them. With these
         also "few_shot" by field and modality, "probes_on" and "train_rows".
@@ -116,6 +120,11 @@ def score(
         "rows": len(test),
         "rows_without": {name: int((~flags).sum()) for name, flags in test.valid.items()},
         "retrieval": {},
+        "retrieval_by_leading_dims": {
+            str(dim): {name: retrieval(*asked) for name, asked in directions(leading, test.valid, test.text_ids)}
+            for dim in config.objective.dims
+            for leading in [{name: rows[:, :dim] for name, rows in test.joint.items()}]
+        },
         "zero_shot": {},
         "tagging": {},
         "robustness": {},
@@ -137,7 +146,7 @@ def score(
             continue
         prompts = embed_prompts(model.encode_text, config.data.templates, field, labels.classes)
         if not len(prompts):
-            result["skipped_fields"][field] = "no template can say it alone"
+            result["skipped_fields"][field] = _UNSAID
             continue
         for name in sounds:
             _zero_shot(result, per_row, field, name, test, labels, prompts)
@@ -146,6 +155,38 @@ def score(
     if train is not None:
         _probe(result, per_row, config.evaluate.fields, test, train, probing or Probing(), progress)
     return result
+
+
+def skipped_fields(config: RunConfig, index: ShardIndex, storage: Storage, tags: bool) -> dict[str, str]:
+    """Fields of evaluate.fields that zero-shot will have no such scores of, and why, by the metadata alone.
+
+    Args:
+        config: as of `evaluate`.
+        index: the shards to score on; no audio is read.
+        storage: where they are read from.
+        tags: whether scores of tags are meant, or of classes.
+    """
+    reader, left = RowReader(index, storage), config.evaluate.rows
+    rows = []
+    for shard, count in enumerate(index.rows.tolist()):
+        for number in range(min(count, left)):
+            row = reader.row(shard, number)
+            with contextlib.suppress(DataError, OSError):  # evaluation says what is wrong with it
+                rows.append(flat(read_fields(row.read("json"), row.read("txt"))))
+        left -= min(count, left)
+    reasons = {}
+    for field in config.evaluate.fields:
+        labels = read_labels(field, rows)
+        if reason := _unfit(labels):
+            reasons[field] = reason
+        elif labels.tags != tags:
+            reasons[field] = f"rows have {'several values' if labels.tags else 'one value'} of it"
+        elif not all(prompts_for(config.data.templates, field, value) for value in labels.classes):
+            reasons[field] = _UNSAID
+    return reasons
+
+
+_UNSAID = "no template can say it alone"
 
 
 def _unfit(labels: FieldLabels) -> str | None:

@@ -43,7 +43,7 @@ def write_report(folder: Path) -> Path:
     config, run, evaluation = (_read_json(folder / f"{name}.json", notes) for name in ("config", "run", "evaluation"))
     metrics = _read_lines(folder / "metrics.jsonl", notes)
     html = page(
-        "report.html.j2",
+        "evaluate/report.html.j2",
         name=config.get("name") or folder.resolve().name,
         state=_state(config, metrics, evaluation),
         run={key: run.get(key) for key in ("command", "commit", "started")},
@@ -145,6 +145,9 @@ def _facts(config: Values, metrics: list[Values]) -> list[tuple[str, str]]:
         if waits := _recorded(metrics, key):
             facts.append((f"Time waiting for {what}, mean", percent(sum(waits) / len(waits))))
     facts += _supply(metrics[1:])  # the first line holds the start
+    if cached := _recorded(metrics, "clips_cached"):
+        clips = sum(cached) + sum(_recorded(metrics, "clips_decoded"))
+        facts.append(("Clips from the cache", f"{amount(sum(cached))} of {amount(clips)}"))
     if late := Counter(_recorded(metrics, "straggler")).most_common(1):
         facts.append(
             ("Slowest worker", f"{amount(late[0][0])}, in {amount(late[0][1])} of {amount(len(metrics))} lines")

@@ -29,13 +29,15 @@ def write_evaluation(path: Path, evaluation: Values) -> Path:
     Returns:
         The path.
     """
-    write_whole(path, page("evaluation.html.j2", name=str(evaluation.get("model")), **scores_shown(evaluation)))
+    write_whole(
+        path, page("evaluate/evaluation.html.j2", name=str(evaluation.get("model")), **scores_shown(evaluation))
+    )
     return path
 
 
 def page(template: str, **values: Any) -> str:
     """A template of this package as HTML. Autoescape is on for every name: all that it shows comes from data."""
-    loader = PackageLoader("muser_dist.evaluate", "")
+    loader = PackageLoader("muser_dist", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

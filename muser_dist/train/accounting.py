@@ -26,6 +26,7 @@ class _Read:
     in_val: int
     problems: list[dict[str, Any]]
     seconds: float
+    clips: Counter[bool]  # rows that were heard, by whether their clip came from the cache
 
 
 class Accounting:
@@ -60,6 +61,7 @@ class Accounting:
         self._used: Counter[tuple[str, int, str]] = Counter()
         self._seconds = 0.0
         self._rows = 0
+        self._clips: Counter[bool] = Counter()
 
     def add(self, chunk: Chunk) -> None:
         """Counts a chunk that this rank has trained on."""
@@ -76,6 +78,7 @@ class Accounting:
                 int(chunk["in_val"].sum()),
                 [{"step": moment[0], **json.loads(entry)} for entry in chunk["problems"]],
                 float(chunk["seconds"]),
+                Counter(chunk["cached"][chunk["heard"]].tolist()),
             )
         )
 
@@ -103,6 +106,7 @@ class Accounting:
             self._read += part.read
             self._used += part.used
             self._seconds += part.seconds
+            self._clips += part.clips
             self._rows += read
             problems += part.problems
         return problems
@@ -112,6 +116,12 @@ class Accounting:
         value = 1000 * self._seconds / max(1, self._rows)
         self._seconds, self._rows = 0.0, 0
         return round(value, 3)
+
+    def clips(self) -> dict[str, int]:
+        """Rows flushed since the last call whose clip came from the cache, and whose was decoded."""
+        counts = {"clips_cached": self._clips[True], "clips_decoded": self._clips[False]}
+        self._clips.clear()
+        return counts
 
     def accounts(self) -> list[dict[str, Any]]:
         """What was flushed since the last call: read = used + quarantined for each source, pass and shard."""

@@ -15,6 +15,9 @@ class TrainConfig(Strict):
     on with more or fewer when nodes join or leave. The learning curve does not depend on W."""
     gpu: bool = False
     """One GPU for each worker (nccl); without, CPU (gloo)."""
+    gpu_share: float = 1.0
+    """Share of a GPU that the worker reserves, so that several small runs use one at a time. A run of several workers
+    needs whole ones: nccl refuses two ranks on one GPU."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that each worker reserves."""
     resource: str = ""
@@ -111,6 +114,11 @@ class TrainConfig(Strict):
             least == most or self.gpu or bool(self.resource),
             f"train.workers is {self.workers!r}, and nothing but CPUs would limit the workers: they would take those "
             "that decode; give --train.resource NAME, a custom resource that the workers' nodes declare",
+        )
+        require(0 < self.gpu_share <= 1, f"train.gpu_share is {self.gpu_share}; give a share above 0, up to 1")
+        require(
+            self.gpu_share == 1 or most == 1,
+            f"train.gpu_share is {self.gpu_share}, but {most} workers need a GPU each; give --train.workers 1",
         )
         require(least <= most, f"train.workers is {self.workers!r}; the first number of a range is the smaller one")
         require(self.chunk >= 1, "train.chunk must be at least 1")

@@ -27,8 +27,9 @@ def deal_from(folder: Path, step: int) -> None:
 
 
 def decoding_slots(config: RunConfig, workers: int) -> int:
-    """CPUs of the cluster that are left to decode beside so many workers; at least one."""
-    return max(1, int(ray.cluster_resources()["CPU"] - workers * config.train.cpus_per_worker))
+    """CPUs of the cluster that are left to decode beside so many workers, as the run may take them; at least one."""
+    left = max(1, int(ray.cluster_resources()["CPU"] - workers * config.train.cpus_per_worker))
+    return min(left, config.data.max_decode_slots or left)
 
 
 class Dealer(ray.train.DataConfig):

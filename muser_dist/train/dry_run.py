@@ -1,6 +1,7 @@
 """What a run would do and need, without doing it: `jobs/pretrain.py RECIPE --dry-run`."""
 
 import time
+from dataclasses import replace
 
 from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.pipeline import training_reader
@@ -23,7 +24,8 @@ def dry_run(config: RunConfig) -> str:
     sources = config.data.training_sources()
     indices = [index_shards(storage, shards[source.name], f"data.{source.name}") for source in sources]
     check_rows(config, indices)
-    reader = training_reader(config, indices, storage)
+    unkept = replace(config, data=replace(config.data, clip_cache_gib=0.0))  # with data.keep_clips, of a first pass
+    reader = training_reader(unkept, indices, storage)
     next(reader.read([0]))  # opens shards and starts the decoder
     start = time.perf_counter()
     next(reader.read([1 if reader.chunks_per_step > 1 else reader.slots_per_step]))

@@ -86,7 +86,9 @@ def print_chunk(config: RunConfig) -> None:
         return find_chunk(config, torch.device("cuda" if train.gpu else "cpu"))
 
     resources = {train.resource: 1.0} if train.resource else {}
-    task = ray.remote(num_cpus=train.cpus_per_worker, num_gpus=int(train.gpu), resources=resources, max_retries=0)
+    task = ray.remote(
+        num_cpus=train.cpus_per_worker, num_gpus=train.gpu_share * train.gpu, resources=resources, max_retries=0
+    )
     try:
         chunk = ray.get(task(tried).remote())
     except ray.exceptions.RayTaskError as error:
@@ -145,8 +147,12 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
 # --- Ray ---
 
 
-def connect(config: RunConfig) -> None:
+def connect(config: RunConfig, runs: int = 1) -> None:
     """Joins the running cluster, or starts Ray on this machine; checks that workers and decoding fit.
+
+    Args:
+        config: a run.
+        runs: like it that are to go on at a time, where Ray is started here.
 
     Raises:
         ClusterError: they do not fit; nothing was started in vain.
@@ -168,16 +174,16 @@ def connect(config: RunConfig) -> None:
             # cores must leave a slot to decode, or the job would wait for itself.
             ray.init(
                 "local",
-                num_cpus=math.ceil(most * t.cpus_per_worker) + slots,
-                resources={t.resource: most} if t.resource else None,
+                num_cpus=math.ceil(runs * (most * t.cpus_per_worker + slots)),
+                resources={t.resource: runs * most} if t.resource else None,
                 include_dashboard=False,  # nobody is told its address, and it takes time that training could have
                 **quiet,
             )
-            print(f"Started Ray on this machine: {most} workers, {slots} decoding slots", flush=True)
+            print(f"Started Ray on this machine: {runs * most} workers, {runs * slots} decoding slots", flush=True)
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
     needed = least * t.cpus_per_worker
-    if t.gpu and gpus < least:
+    if t.gpu and gpus < least * t.gpu_share:
         raise ClusterError(
             f"train.workers is {t.workers}, but the cluster has {gpus} GPUs; lower it, or drop --train.gpu"
         )
@@ -244,7 +250,7 @@ def train(config: RunConfig, reader: ChunkReader) -> None:
             elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.train.gpu,
             resources_per_worker={"CPU": config.train.cpus_per_worker}
-            | ({"GPU": 1} if config.train.gpu else {})
+            | ({"GPU": config.train.gpu_share} if config.train.gpu else {})
             | ({config.train.resource: 1} if config.train.resource else {}),
         ),
         run_config=ray.train.RunConfig(

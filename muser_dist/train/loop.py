@@ -41,6 +41,9 @@ STOPPED = "stopped.txt"
 """File in the run's folder that says why training ended before its last step."""
 
 
+DIVERGED = "diverged"
+"""The event after which training stopped because a step could not be applied."""
+
 _ANSWER_SECONDS = 10
 
 
@@ -134,7 +137,10 @@ def train(config: RunConfig) -> None:
             on_device = [to_device(chunk, config.features, device) for chunk in mine]
         made = train_step(engine, watch.timed(objective), config, on_device, lr_factor(samples, train))
         if not made.applied:
-            raise StopTraining(why_not_applied(made, done, mine, engine.grad_norm(), train))
+            reason = why_not_applied(made, done, mine, engine.grad_norm(), train)
+            if log:
+                log.event(DIVERGED, done, reason=reason)
+            raise StopTraining(reason)
         watch.trained_on(mine)
 
         last = done == train.steps

@@ -22,7 +22,8 @@ ACCOUNTS = "accounts.jsonl"
 
 TIMES = (
     *("time", "seconds", "samples_per_second", "wait_share", "decode_wait_share", "transfer_share", "rank_wait_share"),
-    *("straggler", "decode_ms_per_row", "decode_slots", "checkpoint_seconds", "restarts"),
+    *("straggler", "decode_ms_per_row", "decode_slots", "clips_cached", "clips_decoded"),
+    *("checkpoint_seconds", "restarts"),
 )
 """Fields of metrics.jsonl that differ between two runs of the same seed."""
 

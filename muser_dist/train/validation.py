@@ -36,7 +36,7 @@ class Validation:
         """Begins to score the weights of a step; those of ranks other than 0 are empty."""
         if dist.get_rank() > 0:
             return
-        config, spare = self._config, ray.cluster_resources().get("GPU", 0) - dist.get_world_size()
+        config, spare = self._config, ray.available_resources().get("GPU", 0)  # other runs may have the rest
         folder = config.folder / SNAPSHOT
         save_model(folder, weights, config)
         index = ShardIndex.load(config.folder / "val-index.json")

@@ -121,6 +121,7 @@ class Watch:
         line |= {"lr": train.lr * lr_factor(samples, train), **self.accounting.totals}
         line |= self.stopwatch.lap((done - self._logged_step) * train.global_batch)
         line["decode_ms_per_row"] = self.accounting.decode_ms_per_row()
+        line |= self.accounting.clips() if self._config.data.keep_clips else {}
         line["decode_slots"] = self._slots
         line["checkpoint_seconds"] = round(self._saving, 3)
         self.seconds += line["seconds"]

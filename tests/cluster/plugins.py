@@ -68,3 +68,26 @@ def _run_out_of_memory() -> None:
 
 
 _FAULTS = {"memory": _run_out_of_memory, "kill": _kill, "hang": _hang, "write": _die_while_writing}
+
+
+def steady(features, logits, batch, config):
+    """The contrastive objective, slow enough to be scored while it trains."""
+    time.sleep(float(os.environ.get("MUSER_TEST_STEP_SECONDS", "1")))
+    return contrastive(features, logits, batch, config)
+
+
+def against(features, logits, batch, config):
+    """Trains to keep apart what belongs together: its scores are the worst."""
+    loss = steady(features, logits, batch, config)
+    return replace(loss, share=-loss.share)
+
+
+def failing(features, logits, batch, config):
+    """Raises an error that nobody thought of."""
+    raise ArithmeticError("this objective always fails")
+
+
+def diverging(features, logits, batch, config):
+    """Is not finite from the first step on."""
+    loss = contrastive(features, logits, batch, config)
+    return replace(loss, share=loss.share * float("nan"))

@@ -107,6 +107,27 @@ def test_a_job_trains_and_streams_its_log(head, corpus, tmp_path):
     assert (tmp_path / "submitted" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_a_submitted_sweep_finds_a_best_trial(head, corpus, tmp_path):
+    """Also one whose driver was sent along with the working directory, to a cluster of which nobody told it."""
+    (tmp_path / "space.json").write_text('{"model.projection_dim": {"choice": [4, 8]}}')
+    options = ["--space", str(tmp_path / "space.json"), "--search", "grid", "--early-stopping", "none"]
+    done = submit(
+        head,
+        "jobs/sweep.py",
+        "tests.small:small_config",
+        *options,
+        *("--data.train", f"{corpus}/train-*.tar", "--data.val", f"{corpus}/val-*.tar", "--data.decode-slots", "1"),
+        *("--data.cache-folder", str(tmp_path / "cache"), "--storage", str(tmp_path), "--name", "swept"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 trials at a time" in done.stdout and "[2 finished of 2" in done.stdout
+    assert (tmp_path / "swept" / "sweep.html").exists()
+    assert (tmp_path / "swept" / "trials" / "001" / "model" / "model.safetensors").exists()
+    wrong = submit(head, "jobs/sweep.py", "tests.small:small_config", "--space", "temprature")
+    assert wrong.returncode == 1 and "error: space: cannot read temprature" in wrong.stdout
+
+
 def test_a_job_that_cannot_run_fails_with_one_clear_line(head):
     done = submit(head, "jobs/pretrain.py", "tests.small:small_config", "--data.train", "shards/train-*.tar")
     assert done.returncode == 1  # ray's status for a job that exited with 2

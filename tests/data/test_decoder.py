@@ -30,10 +30,10 @@ def stored(data):
 def crop(decoder, sound, position, seed):
     """One crop's waveform and length, or its error raised."""
     into = np.zeros((1, CONFIG.crop_samples), np.int16)
-    (length,) = decoder.decode({0: Crop(sound, position, seed)}, into).values()
-    if isinstance(length, DataError):
-        raise length
-    return into[0], length
+    (decoded,) = decoder.decode({0: Crop(sound, position, seed)}, into).values()
+    if isinstance(decoded, DataError):
+        raise decoded
+    return into[0], decoded.length
 
 
 @pytest.fixture
@@ -130,14 +130,14 @@ def test_many_crops_each_get_their_own_answer(decoder):
         asked[row] = Crop(stored(data), row / 100, row if row % 3 else None)
         expected[row] = "twice" if data is FATAL else "decoded" if data == b"no audio" else data
     waveforms = np.full((100, CONFIG.crop_samples), 7, np.int16)
-    lengths = decoder.decode(asked, waveforms)
-    assert list(lengths) == list(asked)
+    answers = decoder.decode(asked, waveforms)
+    assert list(answers) == list(asked)
     for row in range(100):
         data = expected.get(row)
         if isinstance(data, bytes):
             waveform, length = decode(data, CONFIG, asked[row].position, asked[row].seed)
             np.testing.assert_array_equal(waveforms[row], waveform)
-            assert lengths[row] == length
+            assert answers[row] == (length, False)
         else:
             assert (waveforms[row] == 7).all()
-            assert data is None or data in str(lengths[row])
+            assert data is None or data in str(answers[row])

@@ -170,6 +170,7 @@ def test_what_watching_records_is_shown(tmp_path):
     """Fields that a run may or may not record: each has its curve, and what sums them up."""
     watched = {f"grad_norm/{tower}": 0.25 for tower in ("audio", "text")} | {"duplicates": 0.031}
     watched |= {"variance/audio": 0.0077, "dimensions/audio": 61.3, "alignment/audio-text": 0.83}
+    watched |= {"clips_cached": 70, "clips_decoded": 30}
     watched |= {"decode_wait_share": 0.052, "transfer_share": 0.021, "rank_wait_share": 0.11}
     lines = [metrics_line(step, checkpoint_seconds=0.5, **watched) for step in (10, 20)]
     lines += [
@@ -185,7 +186,7 @@ def test_what_watching_records_is_shown(tmp_path):
     words = " ".join(re.sub(r"<[^>]*>", " ", page.html).split())
     assert "Time waiting for other workers, mean 16.0 %" in words
     assert "Slowest worker 3, in 2 of 4 lines" in words and "Restarts 2 " in words
-    assert "Seconds stopped for checkpoints 1 " in words
+    assert "Seconds stopped for checkpoints 1 " in words and "Clips from the cache 280 of 400" in words
 
 
 @pytest.mark.parametrize(

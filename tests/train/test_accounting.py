@@ -26,6 +26,8 @@ def chunk(step: int, number: int, heard: list[bool], stated: list[bool], rows: l
         "crop": np.array(rows) / 10,
         "in_val": np.array([row == 5 for row in rows]),
         "seconds": np.float64(0.5),
+        "heard": np.array(heard),
+        "cached": np.array([row % 2 == 0 for row in rows]),
         "valid_audio": np.array(heard),
         "valid_spectrogram": np.array(heard),
         "valid_text": np.array(stated),
@@ -50,6 +52,8 @@ def test_rows_read_are_used_or_quarantined():
     assert accounting.accounts() == []
     assert totals["rows_in_val"] == 1
     assert accounting.decode_ms_per_row() == 250
+    assert accounting.clips() == {"clips_cached": 2, "clips_decoded": 1}
+    assert accounting.clips() == {"clips_cached": 0, "clips_decoded": 0}
 
 
 def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flushed():

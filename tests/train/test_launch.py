@@ -153,6 +153,8 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
         ({"workers": 0}, r"train\.workers is 0; give a number of at least 1, or a range such as 2:8"),
         ({"workers": "3:2", "resource": "trainer"}, r"train\.workers is '3:2'; the first number of a range"),
         ({"workers": "1:2"}, r"nothing but CPUs would limit the workers.*--train\.resource NAME"),
+        ({"gpu_share": 0.0}, r"train\.gpu_share is 0\.0; give a share above 0, up to 1"),
+        ({"gpu_share": 0.5, "workers": 2}, r"2 workers need a GPU each; give --train\.workers 1"),
         ({"profile": (3, 2)}, r"train\.profile names the first and the last step"),
     ],
 )

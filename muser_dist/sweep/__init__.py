@@ -1,0 +1,1 @@
+"""Sweeps over any field of a run's config with Ray Tune; each trial is a whole run."""
