@@ -11,8 +11,7 @@ from muser_dist.sweep.plan import Planned, config_of
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.space import named
 from muser_dist.sweep.trial import ERROR
-from muser_dist.train.loop import DIVERGED
-from muser_dist.train.runlog import EVENTS, read_lines
+from muser_dist.train.runlog import DIVERGED, EVENTS, read_lines
 
 
 class Following(tune.Callback):

@@ -27,7 +27,7 @@ from muser_dist.train.engine import DeepSpeedEngine
 from muser_dist.train.find_chunk import is_out_of_memory, out_of_memory_message
 from muser_dist.train.optimizer import lr_factor
 from muser_dist.train.profiler import Profiler
-from muser_dist.train.runlog import EVENTS, RunLog
+from muser_dist.train.runlog import DIVERGED, EVENTS, RunLog
 from muser_dist.train.step import to_device, train_step
 from muser_dist.train.store import CheckpointStore
 from muser_dist.train.validation import Validation
@@ -40,9 +40,6 @@ MODEL = "model"
 STOPPED = "stopped.txt"
 """File in the run's folder that says why training ended before its last step."""
 
-
-DIVERGED = "diverged"
-"""The event after which training stopped because a step could not be applied."""
 
 _ANSWER_SECONDS = 10
 

@@ -20,6 +20,9 @@ EVENTS = "events.jsonl"
 QUARANTINE = "quarantine.jsonl"
 ACCOUNTS = "accounts.jsonl"
 
+DIVERGED = "diverged"
+"""The event after which training stopped because a step could not be applied."""
+
 TIMES = (
     *("time", "seconds", "samples_per_second", "wait_share", "decode_wait_share", "transfer_share", "rank_wait_share"),
     *("straggler", "decode_ms_per_row", "decode_slots", "clips_cached", "clips_decoded"),
@@ -158,8 +161,8 @@ def describe(metrics: dict[str, Any], config: RunConfig) -> str:
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """One line for the screen; None for what happens all the time."""
-    if event["event"] == "checkpoint" or (event["event"] == "start" and event["step"] == 0):
+    """One line for the screen; None for what happens all the time, and for what the job ends with anyway."""
+    if event["event"] in ("checkpoint", DIVERGED) or (event["event"] == "start" and event["step"] == 0):
         return None
     fields = "  ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "event", "step"))
     where = "" if event["step"] is None else f" at step {event['step']:,}"
