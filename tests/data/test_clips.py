@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muser_dist.data.audio import decode, decode_whole, to_int16
@@ -17,7 +17,8 @@ from muser_dist.data.config import AugmentConfig, DataConfig
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.errors import DataError
 from tests.data.test_audio import through_ffmpeg
-from tests.shardmaker import bad_samples, encode, sample, tone, write_shard
+from tests.data.test_views import views_config
+from tests.shardmaker import bad_samples, encode, sample, tone, write_shard, write_shards
 from tests.small import LOCAL, index_of, reader_of, small_config
 
 RATE = 8_000
@@ -106,6 +107,7 @@ def test_rows_that_cannot_be_used_say_the_same(tmp_path):
 CLIP = np.random.default_rng(0).integers(-30_000, 30_000, 150_000).astype(np.int16)  # three blocks
 
 
+@settings(deadline=None)
 @given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), position=st.floats(0, 1))
 def test_a_damaged_entry_is_made_again(tmp_path_factory, at, flip, position):
     folder = tmp_path_factory.mktemp("cache", numbered=True)
@@ -173,6 +175,19 @@ def test_evaluation_finds_clips_there_too(pattern, tmp_path):
     first, second = (list(evaluation_chunks(config, index, LOCAL)) for _ in range(2))
     assert not all(chunk["cached"].any() for chunk in first)
     assert all((chunk["cached"] == chunk["heard"]).all() for chunk in second)
+
+
+def test_a_second_view_comes_from_the_kept_clip(tmp_path):
+    config = views_config()
+    data = replace(config.data, augment=AugmentConfig(), keep_clips=True, cache_folder=str(tmp_path / "cache"))
+    reader = reader_of(replace(config, data=data), write_shards(tmp_path, [8, 8]))
+    first, second = (next(reader.read([0])) for _ in range(2))
+    assert not first["cached"].any() and second["cached"].all()
+    np.testing.assert_array_equal(first["view"], second["view"])
+    for key, position, view in zip(first["key"], first["crop"][:, 1], first["view"], strict=True):
+        sound = sample(int(key.removeprefix("piece")))["flac"]
+        crop, _ = ClipCache(data).crop(sound, data.crop_samples, position, never)
+        np.testing.assert_array_equal(view, crop)
 
 
 def test_whether_clips_are_kept_is_part_of_a_runs_identity_and_how_many_is_not():

@@ -30,6 +30,7 @@ RECIPE = "tests.small:small_config"
         ("val_accuracy/genre by audio", "val_accuracy/instrument by audio"),
         ("loss", "there is no 'loss'"),
         ("val_accuracy/absent by audio", r"the validation data give no .* \(absent: 0 different values in the data\)"),
+        ("val_roc_auc/instrument by audio", r"give no .* \(instrument: rows have one value of it"),
     ],
 )
 def test_a_metric_that_does_not_exist(tmp_path, metric, message):
