@@ -4,8 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import ray
-
 from muser_dist.config import RunConfig
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.launch import sweep
@@ -46,8 +44,7 @@ def main(kind: str, corpus: str, storage: str) -> None:
     if kind == "four":
         sweep(RECIPE, base_config(Path(corpus), folder, kind), options_of(folder, concurrent=1), ["test"])
     elif kind == "two-at-once":
-        ray.init("local", num_cpus=2, log_to_driver=False)
-        base = base_config(Path(corpus), folder, kind, cpus_per_worker=0.0)
+        base = base_config(Path(corpus), folder, kind)  # the job starts Ray, with CPUs for two
         sweep(RECIPE, base, options_of(folder, ("steady", "against"), early_stopping="none", concurrent=2), ["test"])
 
 

@@ -102,7 +102,7 @@ def test_paths_mean_the_same_in_a_trials_actor(tmp_path, monkeypatch):
         ({}, 1, {"CPU": 2.0}, 2, (1, 1)),  # two would wait for each other
         ({}, 1, {"CPU": 5.0}, 0, (2, 1)),
         ({}, 1, {"CPU": 8.0}, 2, (2, 3)),  # what is left decodes
-        ({"cpus_per_worker": 0.0}, 1, {"CPU": 2.0}, 0, (2, 1)),
+        ({"cpus_per_worker": 0.5}, 1, {"CPU": 3.0}, 0, (2, 1)),
         ({"workers": 2}, 2, {"CPU": 16.0}, 0, (4, 2)),
         ({"gpu": True, "gpu_share": 0.25}, 1, {"CPU": 64.0, "GPU": 2.0}, 0, (8, 7)),
         ({"gpu": True, "gpu_share": 0.1}, 1, {"CPU": 64.0, "GPU": 1.0}, 0, (10, 5)),
