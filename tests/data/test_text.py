@@ -8,7 +8,7 @@ from muser_dist.data.text import (
     TextPolicy,
     WordTokenizer,
     check_templates,
-    flat,
+    joined,
     load_tokenizer,
     read_fields,
     render,
@@ -58,7 +58,7 @@ def test_fields_come_from_json_and_txt():
     )
     fields = read_fields(metadata, "hé".encode())
     assert fields == {"a": ["x", "y"], "d": {"en": "1"}, "f": "3.5", "g": " two\n lines ", "text": "hé"}
-    assert flat(fields) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
+    assert joined(fields) == {"a": "x, y", "f": "3.5", "g": "two lines", "text": "hé"}
     assert read_fields(None, b" ") == {}
 
 
