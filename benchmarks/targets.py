@@ -17,20 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain import train
 from record import head, provenance, table, write
 
 from muser_dist.config import EvaluateConfig, ObjectiveConfig, PairConfig, RunConfig
-from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.evaluate.evaluator import evaluate
-from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser
-from muser_dist.objectives.registry import load_objective
 from muser_dist.recipes.tiny import tiny
-from muser_dist.train.engine import PlainEngine
-from muser_dist.train.optimizer import lr_factor
-from muser_dist.train.step import to_device, train_step
 
 TARGETS = ("instance", "same_text")
 FIELDS = ("type", "mode", "meter")
@@ -84,26 +79,18 @@ def config_of(options: argparse.Namespace, targets: Any, seed: int) -> RunConfig
 def run(options: argparse.Namespace, targets: str, seed: int) -> dict[str, Any]:
     """Trains and scores once."""
     config = config_of(options, targets, seed)
-    storage, device, start = Storage.of(config.data), torch.device("cpu"), time.monotonic()
-    index, val = (
-        index_shards(storage, storage.expand(list(shards), "data"), "data")
-        for shards in (config.data.train, config.data.val)
-    )
-    reader = training_reader(config, [index], storage)
-    model = MultimodalModel(config)
-    engine, objective = PlainEngine(model, config, device), load_objective(config.objective)
+    storage, start = Storage.of(config.data), time.monotonic()
     false_negatives, losses = [], []
-    for step in range(config.train.steps):
-        k = config.train.chunks_per_step
-        chunks = list(reader.read(range(step * k, (step + 1) * k)))
+
+    def watch(step: int, chunks: list[dict[str, Any]], figures: dict[str, float]) -> None:
         ids = np.concatenate([chunk["text_id"] for chunk in chunks])
         false_negatives.append(float(np.mean([(ids == i).sum() - 1 for i in ids if i >= 0])))
-        mine = [to_device(chunk, tuple(config.model.towers()), device) for chunk in chunks]
-        factor = lr_factor((step + 1) * config.train.global_batch, config.train)
-        loss, *_ = train_step(engine, objective, config, mine, factor)
-        losses.append({name: value.item() for name, value in loss.metrics.items()})
-        if step % 10 == 9:
-            print(f"{targets}, seed {seed}, step {step + 1}: {losses[-1]}", file=sys.stderr, flush=True)
+        losses.append(figures)
+        if step % 10 == 0:
+            print(f"{targets}, seed {seed}, step {step}: {figures}", file=sys.stderr, flush=True)
+
+    model, config = train(config, watch)
+    val = index_shards(storage, storage.expand(list(config.data.val), "data.val"), "data.val")
     scores = evaluate(Muser(model, config), config, val, storage)
     return {
         "targets": targets,

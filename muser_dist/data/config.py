@@ -9,6 +9,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from muser_dist.errors import ConfigError, require
 
+LABEL = "label/"
+"""Of a chunk's arrays of labels and of the logits of the model's heads, names begin so; the field follows."""
+
 
 class Strict:
     """Makes a field that a JSON config has and the dataclass lacks an error."""

@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from muser_dist.data.config import DataConfig
+from muser_dist.data.config import LABEL, DataConfig
 from muser_dist.data.rows import Row
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
 from muser_dist.data.tar import walk
 from muser_dist.data.text import normal_form, one_line, read_fields
 from muser_dist.errors import DataError
-
-LABEL = "label/"
-"""Of a chunk's arrays of labels and of the logits of the model's heads, names begin so; the field follows."""
 
 MOST_VALUES = 10_000
 """A field with more different values tells rows apart, not classes."""

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from muser_dist.config import RunConfig
-from muser_dist.data.labels import LABEL, Labels
+from muser_dist.data.config import LABEL
+from muser_dist.data.labels import Labels
 from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from muser_dist.config import DataConfig, ModelConfig, RunConfig, TowerConfig
-from muser_dist.data.labels import LABEL
+from muser_dist.data.config import LABEL
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.compiling import compile_tower, compiled
 from muser_dist.models.esresnext import ESResNeXt

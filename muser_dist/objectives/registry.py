@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from muser_dist.config import ObjectiveConfig, RunConfig
-from muser_dist.data.labels import LABEL
+from muser_dist.data.config import LABEL
 from muser_dist.errors import ConfigError
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.contrastive import contrastive

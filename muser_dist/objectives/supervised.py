@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muser_dist.config import ObjectiveConfig
-from muser_dist.data.labels import LABEL
+from muser_dist.data.config import LABEL
 from muser_dist.objectives.batch import Batch, Logits, Loss
 from muser_dist.objectives.collectives import sum_over_ranks
 

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from muser_dist.config import Feature, RunConfig
 from muser_dist.data.chunks import Chunk
-from muser_dist.data.labels import LABEL
+from muser_dist.data.config import LABEL
 from muser_dist.models.batch_norm import update_running_statistics
 from muser_dist.models.model import AUXILIARY
 from muser_dist.objectives.batch import Batch, Logits, Loss, Objective

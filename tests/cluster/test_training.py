@@ -106,7 +106,7 @@ def test_killed_workers_and_a_checkpoint_cut_short_change_nothing(cluster, strai
     with pytest.raises(MuserError, match=r"(?s)train\.max_failures \(1\).*goes on from step (8|12)"):
         pretrain(config, ["test"])
     assert not list(cluster.iterdir()), "a fault did not happen"
-    killed, others = config.folder, config.folder.with_name("others")
+    killed, others = config.folder, storage / "others" / "killed"
     shutil.copytree(killed, others)
 
     newest = max(killed.glob("checkpoint-*"))
@@ -126,7 +126,7 @@ def test_killed_workers_and_a_checkpoint_cut_short_change_nothing(cluster, strai
     check_same(killed, straight)
 
     train = replace(config.train, workers=1, zero_stage=3)
-    pretrain(replace(config, train=train, name="others"), ["test"])
+    pretrain(replace(config, train=train, storage=str(others.parent)), ["test"])
     assert [event["workers"] for event in read_lines(others / EVENTS) if event["event"] == "start"] == [2, 2, 1]
     check_same(others, straight, bitwise=False)
 

@@ -1,6 +1,7 @@
 """A second view goes through the audio tower and its head; heads for fields read a tower's output; towers start from
 another model's weights."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from muser_dist.models.weights import load_weights
 from muser_dist.muser import save_model
 from muser_dist.recipes import load_recipe
 from muser_dist.recipes.finetune import TOWER_LR, finetune
-from muser_dist.train.preflight import check_settings
+from muser_dist.train.preflight import check_settings, load_label_values
 from tests.models.test_model import batch_of
 from tests.shardmaker import tone, write_shards
 from tests.small import LOCAL, index_of, small_config
@@ -161,6 +162,23 @@ def test_recipes_without_texts_can_be_tried(name):
     config = replace(config, data=replace(config.data, train=("train.tar",), val=("val.tar",)))
     assert 100_000 < check_settings(config) < 10_000_000
     assert to_dict(config)["model"]
+
+
+def test_values_of_fields_stay_those_that_a_run_began_with(tmp_path, capsys):
+    shards = [index_of(write_shards(tmp_path / f"{rows}", [rows])) for rows in (8, 2)]
+    config = replace(labelled_config(label_values={}), storage=str(tmp_path), name="run")
+    config.folder.mkdir()
+    found = load_label_values(config, shards[:1], LOCAL)
+    assert found.data.label_values == VALUES and json.loads((config.folder / "labels.json").read_text()) == {
+        name: list(values) for name, values in VALUES.items()
+    }
+    assert "instrument: 4 values; mode: 2 values" in capsys.readouterr().out
+    # Before there is a checkpoint or a model, what was wrong with the data can still be mended.
+    assert load_label_values(config, shards[1:], LOCAL).data.label_values["mode"] == ("major",)
+    load_label_values(config, shards[:1], LOCAL)
+    save_model(config.folder / "model", {}, config)
+    assert load_label_values(config, shards[1:], LOCAL) == found
+    assert load_label_values(small_config(), shards, LOCAL) == small_config()
 
 
 def test_what_cannot_be_learned_together_is_refused():
