@@ -9,5 +9,6 @@ RAY = Path(__file__).parent / "cluster"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        group = "ray" if RAY in item.path.parents else str(item.path)
+        starts_ray = RAY in item.path.parents or "cluster" in getattr(item, "fixturenames", ())
+        group = "ray" if starts_ray else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -18,6 +18,7 @@ from muser_dist.data.text import load_tokenizer
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.batch_norm import replace_batch_norm, set_valid_rows
 from muser_dist.models.heads import masked_mean
+from muser_dist.models.spectrogram import image_of
 
 _ALWAYS = {
     # Would make ranks run different layers, which hangs at ZeRO-3.
@@ -174,7 +175,7 @@ class HuggingFaceSpectrogram(nn.Module):
         Returns:
             (rows, width).
         """
-        image = batch["spectrogram"].float() if "spectrogram" in batch else self._image(batch["audio"])
+        image = image_of(batch, self.front_end)
         set_valid_rows(self.encoder, batch["audio_length"] > 0)
         frames = image.transpose(2, 3)  # (rows, 1, frames, mels)
         if self.frames is None:
@@ -182,10 +183,6 @@ class HuggingFaceSpectrogram(nn.Module):
         missing = self.frames - frames.shape[2]
         frames = nn.functional.pad(frames[:, 0, : self.frames], (0, 0, 0, max(0, missing)))
         return self.encoder(frames).pooler_output
-
-    @torch.compiler.disable  # it generates no code for Fourier transforms, and breaks the graph all around them
-    def _image(self, audio: Tensor) -> Tensor:
-        return self.front_end(audio)
 
 
 class HuggingFaceText(nn.Module):

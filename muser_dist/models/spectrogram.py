@@ -65,7 +65,7 @@ class SpectrogramTower(nn.Module):
         Returns:
             (rows, width).
         """
-        image = batch["spectrogram"].float() if "spectrogram" in batch else self._image(batch["audio"])
+        image = image_of(batch, self.front_end)
         set_valid_rows(self.encoder, batch["audio_length"] > 0)
         if self.norm is None:
             return self.encoder(image)
@@ -75,6 +75,12 @@ class SpectrogramTower(nn.Module):
         lengths = torch.ceil(batch["audio_length"] / samples_per_column).clamp(min=1)
         return self.norm(masked_mean(columns, lengths))
 
-    @torch.compiler.disable  # it generates no code for Fourier transforms, and breaks the graph all around them
-    def _image(self, audio: Tensor) -> Tensor:
-        return self.front_end(audio)
+
+def image_of(batch: dict[str, Tensor], front_end: nn.Module) -> Tensor:
+    """A batch's spectrograms: those that decoding tasks have made, or made here; float32."""
+    return batch["spectrogram"].float() if "spectrogram" in batch else _made(front_end, batch["audio"])
+
+
+@torch.compiler.disable  # it generates no code for Fourier transforms, and breaks the graph all around them
+def _made(front_end: nn.Module, audio: Tensor) -> Tensor:
+    return front_end(audio)

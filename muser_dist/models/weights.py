@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from muser_dist.config import RunConfig
+from muser_dist.data.labels import with_stand_ins
 from muser_dist.errors import ConfigError
 from muser_dist.models.model import MultimodalModel
 
@@ -93,7 +94,7 @@ def report_weights(config: RunConfig) -> list[Match]:
     if not any(settings.weights for settings in config.model.towers().values()):
         return []
     with torch.device("meta"):
-        model = MultimodalModel(config)
+        model = MultimodalModel(replace(config, data=with_stand_ins(config.data)))
     return load_weights(model, config)
 
 
