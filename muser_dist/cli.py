@@ -11,10 +11,10 @@ from typing import Annotated, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from muser_dist.config import RunConfig
+from muser_dist.config import RunConfig, Stages
 from muser_dist.data.config import SourceConfig, read_label_values, read_sources
 from muser_dist.errors import ConfigError, MuserError
-from muser_dist.recipes import RECIPES, load_recipe
+from muser_dist.recipes import RECIPES, find_recipe, load_recipe
 from muser_dist.sweep.config import SweepConfig
 
 _T = TypeVar("_T")
@@ -100,45 +100,56 @@ def _values_from_file(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | Non
     )
 
 
-def recipe_start(name: str) -> tuple[str, RunConfig]:
+def recipe_start(name: str) -> tuple[str, RunConfig | Stages]:
     """How pretraining begins: with a recipe, whose name the run gets."""
-    return name, load_recipe(name)
+    return name, find_recipe(name)
 
+
+Load = Callable[[str], tuple[str, RunConfig | Stages]]
+"""Gives for START the beginning of the run's default name, and what the fields override."""
 
 _FLAGS = ("--dry-run", "--train.find-chunk", "--train.find_chunk", "--digest")
 
 
-def train_job(arguments: list[str], program: str, load: Callable[[str], tuple[str, RunConfig]] = recipe_start) -> None:
+def train_job(arguments: list[str], program: str, load: Load = recipe_start) -> None:
     """Trains, or does what one of the flags asks for in place of it.
 
     Args:
         arguments: START [--field value ...] [--dry-run | --train.find-chunk | --digest].
         program: its name in help.
-        load: of START, the beginning of the run's default name and the config that the fields override.
+        load: of START.
 
     Raises:
         MuserError: something is wrong that the user can mend.
     """
-    config = parse_run([argument for argument in arguments if argument not in _FLAGS], program, load)
+    runs = parse_runs([argument for argument in arguments if argument not in _FLAGS], program, load)
     # After the options: importing torch takes seconds.
-    from muser_dist.train.launch import pretrain, print_chunk, print_digest
+    from muser_dist.train.dry_run import dry_run
+    from muser_dist.train.launch import pretrain, pretrain_stages, print_chunk, print_digest
 
-    if "--dry-run" in arguments:
-        from muser_dist.train.dry_run import dry_run
+    if not any(flag in arguments for flag in _FLAGS):
+        command = ["python", program, *arguments]
+        pretrain_stages(runs, command) if len(runs) > 1 else pretrain(runs[0], command)
+        return
+    before = None
+    for config in runs:
+        if len(runs) > 1:
+            print(f"Stage {config.name}:", flush=True)
+        if "--dry-run" in arguments:
+            print(dry_run(config, before))
+        elif "--digest" in arguments:
+            print_digest(config)
+        else:
+            print_chunk(config)
+        before = config
 
-        print(dry_run(config))
-    elif "--train.find-chunk" in arguments or "--train.find_chunk" in arguments:
-        print_chunk(config)
-    elif "--digest" in arguments:
-        print_digest(config)
-    else:
-        pretrain(config, ["python", program, *arguments])
 
+def parse_runs(arguments: list[str], program: str, load: Load = recipe_start) -> tuple[RunConfig, ...]:
+    """START and --overrides to the named config of each stage, of which most recipes have one.
 
-def parse_run(
-    arguments: list[str], program: str, load: Callable[[str], tuple[str, RunConfig]] = recipe_start
-) -> RunConfig:
-    """START and --overrides to a named config; arguments as of `train_job`.
+    Args:
+        arguments, program, load: as of `train_job`. Of a recipe in stages --field is of all of them, and --STAGE.field
+            of one.
 
     Raises:
         ConfigError: no recipe was given, or there is none of that name.
@@ -146,16 +157,48 @@ def parse_run(
     """
     start, overrides = _start(arguments, program)
     name, default = load(start)
-    config = _parse(
-        RunConfig,
-        default,
-        overrides,
-        f"{program} {start}",
-        f"Trains what {start!r} names. The same command again goes on where it stopped. "
+    what = (
+        "The same command again goes on where it stopped. "
         "With --dry-run it prints what the run would do and need, with --train.find-chunk the largest chunk that fits, "
-        "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing.",
+        "with --digest a SHA-256 over (step, chunk, key, crop) of all rows that it is dealt; these train nothing."
     )
-    return config.named(name)
+    if isinstance(default, RunConfig):
+        config = _parse(RunConfig, default, overrides, f"{program} {start}", f"Trains what {start!r} names. {what}")
+        return (config.named(name),)
+    names = [stage.name for stage in default.stages]
+    what = (
+        f"Trains the stages of {start!r} one after the other: {', '.join(names)}. An option --FIELD holds for all, "
+        f"--STAGE.FIELD for one, such as --{names[-1]}.train.lr; shown here are the fields of {{}}. {what}"
+    )
+    shared, own = _by_stage(overrides, names)
+    stages = [
+        replace(
+            stage,
+            config=_parse(
+                RunConfig,
+                stage.config,
+                [*shared, *own[stage.name]],
+                f"{program} {start}: stage {stage.name}:",
+                what.format(stage.name),
+            ),
+        )
+        for stage in default.stages
+    ]
+    return Stages(tuple(stages)).chained(name)
+
+
+def _by_stage(arguments: list[str], names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Options that hold for all stages; and those of each, without its name."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in names}
+    into = shared
+    for argument in arguments:
+        if argument.startswith("--"):
+            stage, dot, rest = argument[2:].partition(".")
+            into = own[stage] if dot and stage in own else shared
+            argument = f"--{rest}" if into is not shared else argument
+        into.append(argument)
+    return shared, own
 
 
 @dataclass(frozen=True)
@@ -170,7 +213,7 @@ def parse_sweep(arguments: list[str], program: str) -> tuple[str, RunConfig, Swe
     """RECIPE, --space and overrides to the recipe's name, what trials have in common, and the sweep's rules.
 
     Raises:
-        ConfigError, SystemExit: as `parse_run`.
+        ConfigError, SystemExit: as `parse_runs`.
     """
     recipe, overrides = _start(arguments, program)
     base = load_recipe(recipe)

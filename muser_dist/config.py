@@ -82,19 +82,23 @@ class ModelConfig(Strict):
     """Dimensions of the joint space."""
     projection_hidden: int = 0
     """Hidden units of the projection heads; 0 means one linear layer."""
+    start: str = ""
+    """Folder of a run, or of its exported model, from which this model goes on: towers, heads and temperatures, each
+    weight by its name. What that model lacks, or has in another shape, stays as it is drawn here; weights.json lists
+    both. Stages of a recipe set it."""
 
     def towers(self) -> dict[Modality, TowerConfig]:
         """The towers that the model has, by modality, in the order of MODALITIES."""
         return {name: tower for name in MODALITIES if (tower := getattr(self, name)) is not None}
 
     def with_absolute_weights(self) -> "ModelConfig":
-        """The same with whole paths to the weights that towers start with: workers run in other folders."""
+        """The same with whole paths to the weights that it starts with: workers run in other folders."""
         towers: dict[str, Any] = {
             name: replace(tower, weights=str(Path(tower.weights).resolve()))
             for name, tower in self.towers().items()
             if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
         }
-        return replace(self, **towers)
+        return replace(self, **towers, start=str(Path(self.start).resolve()) if self.start else "")
 
     def __post_init__(self) -> None:
         require(len(self.towers()) >= 1, "model has no tower; give it one for each modality, such as model.audio")
@@ -199,6 +203,18 @@ class RunConfig(Strict):
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return replace(self, name=f"{recipe.replace(':', '.')}-{digest[:8]}")
 
+    def starting_from(self, before: "RunConfig", takes: Literal["model", "towers"]) -> "RunConfig":
+        """This config with the model that another run leaves behind as its start."""
+        if takes == "model":
+            return replace(self, model=replace(self.model, start=str(before.folder)))
+        there = before.model.towers()
+        towers: dict[str, Any] = {
+            name: replace(tower, weights=str(before.folder))
+            for name, tower in self.model.towers().items()
+            if name in there
+        }
+        return replace(self, model=replace(self.model, **towers))
+
     @property
     def features(self) -> tuple[Feature, ...]:
         """What the model embeds in training: the modality of each tower, and "view" where a pair names it."""
@@ -216,6 +232,53 @@ class RunConfig(Strict):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.storage) / self.name
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a recipe that is trained in parts, each of which is a whole run that starts from the one before."""
+
+    name: str
+    """Names the stage in options (--NAME.train.lr) and its folder in the run's."""
+    config: RunConfig
+    """What the stage trains on what, and how."""
+    takes: Literal["model", "towers"] = "model"
+    """What it takes over from the stage before: all weights that both models have, or those of the towers alone."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A recipe in stages."""
+
+    stages: tuple[Stage, ...]
+    """In the order in which they are trained."""
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        require(len(names) > 0 and len(set(names)) == len(names), f"stages: names must differ, not {', '.join(names)}")
+        for name in names:
+            taken = [field.name for field in fields(RunConfig)]
+            require(
+                name.isidentifier() and name not in taken,
+                f"stages: {name!r} must be a word of letters, digits and _, and none of {', '.join(taken)}",
+            )
+
+    def chained(self, recipe: str) -> tuple[RunConfig, ...]:
+        """The runs of the stages, in one folder: each starts from the one before."""
+        settings = [
+            (stage.name, stage.takes, name, value)
+            for stage in self.stages
+            for name, value in leaves(to_dict(stage.config))
+            if name not in OPERATIONAL and name != "name"
+        ]
+        first = self.stages[0].config
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        folder = Path(first.storage) / (first.name or f"{recipe.replace(':', '.')}-{digest[:8]}")
+        runs: list[RunConfig] = []
+        for stage in self.stages:
+            config = replace(stage.config, storage=str(folder), name=stage.name)
+            runs.append(config.starting_from(runs[-1], stage.takes) if runs else config)
+        return tuple(runs)
 
 
 OPERATIONAL = frozenset(

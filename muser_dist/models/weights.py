@@ -21,8 +21,9 @@ from transformers.utils import cached_file
 
 from muser_dist.config import RunConfig
 from muser_dist.data.labels import with_stand_ins
-from muser_dist.errors import ConfigError
+from muser_dist.errors import CheckpointError, ConfigError
 from muser_dist.models.model import MultimodalModel
+from muser_dist.muser import exported_config, exported_weights
 
 REPORT = "weights.json"
 """File in a run's folder that lists the keys of each tower that started from weights."""
@@ -38,7 +39,7 @@ class Match:
     """What became of the keys of a tower and of a file.
 
     Attributes:
-        modality: of the tower.
+        modality: of the tower; "start" where it is the whole model's.
         source: the setting: a path or a name.
         naming: how the file names its keys.
         matched: by the tower's key, the file's.
@@ -71,7 +72,7 @@ def load_weights(model: MultimodalModel, config: RunConfig) -> list[Match]:
     Raises:
         ConfigError: a file cannot be read, or a key has another shape and is not of the tower's own head.
     """
-    matches = []
+    matches = [_start(model, config)] if config.model.start else []
     for modality, settings in config.model.towers().items():
         if not settings.weights:
             continue
@@ -85,13 +86,49 @@ def load_weights(model: MultimodalModel, config: RunConfig) -> list[Match]:
     return matches
 
 
+def _start(model: MultimodalModel, config: RunConfig) -> Match:
+    """Puts the weights of model.start in, those whose names and shapes fit.
+
+    Temperatures belong to pairs, and heads of metadata fields to those fields' values, which names of weights do not
+    say: the former go by the pairs' names, the latter are left as they were drawn.
+    """
+    folder, where = config.model.start, "model.start"
+    try:
+        file, before = load_file(exported_weights(folder)), exported_config(Path(folder))
+    except (CheckpointError, SafetensorError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    names = {name: name for name in file if not name.startswith(("logits.", "label_heads."))}
+    there = [frozenset((pair.first, pair.second)) for pair in before.objective.pairs]
+    for p, pair in enumerate(config.objective.pairs):
+        if (both := frozenset((pair.first, pair.second))) in there:
+            q = there.index(both)
+            new, old = (0 if of.objective.temperature.shared else at for of, at in ((config, p), (before, q)))
+            names |= {f"logits.log_scale.{new}": f"logits.log_scale.{old}", f"logits.bias.{p}": f"logits.bias.{q}"}
+    wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if ".front_end." not in name}
+    matched, other_shape = {}, []
+    with torch.no_grad():
+        for name, old in names.items():
+            if name not in wanted or old not in file:
+                continue
+            if file[old].shape != wanted[name].shape:
+                other_shape.append(name)
+                continue
+            wanted[name].copy_(file[old])
+            matched[name] = old
+    missing = [name for name in wanted if name not in matched and name not in other_shape]
+    used = {*matched.values(), *other_shape}
+    return Match(
+        "start", folder, "its own names", matched, missing, other_shape, [name for name in file if name not in used]
+    )
+
+
 def report_weights(config: RunConfig) -> list[Match]:
     """What `load_weights` will do, without the memory of a model.
 
     Raises:
         ConfigError: as there.
     """
-    if not any(settings.weights for settings in config.model.towers().values()):
+    if not (config.model.start or any(settings.weights for settings in config.model.towers().values())):
         return []
     with torch.device("meta"):
         model = MultimodalModel(replace(config, data=with_stand_ins(config.data)))

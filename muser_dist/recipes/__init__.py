@@ -1,16 +1,17 @@
-"""Recipes: functions that return a complete RunConfig, one file for each published system."""
+"""Recipes: functions that return a complete RunConfig, or several as `Stages`; one file for each published system."""
 
 from collections.abc import Callable
 from functools import partial
 
-from muser_dist.config import RunConfig
+from muser_dist.config import RunConfig, Stages
+from muser_dist.errors import ConfigError
 from muser_dist.plugins import resolve
 from muser_dist.recipes.clmr import clmr
 from muser_dist.recipes.muser import muser, muser_audio_text, muser_code, muser_paper
 from muser_dist.recipes.muser_audio_only import muser_audio_only
 from muser_dist.recipes.tiny import tiny
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig | Stages]] = {
     "tiny": tiny,
     "muser": muser,
     "muser_tiny": partial(muser, "tiny"),
@@ -27,8 +28,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def load_recipe(name: str) -> RunConfig:
-    """The config that a recipe returns.
+def find_recipe(name: str) -> RunConfig | Stages:
+    """What a recipe returns.
 
     Args:
         name: a built-in recipe ("tiny", "muser", "muser_base", ...), or your own function as "package.module:function".
@@ -37,3 +38,16 @@ def load_recipe(name: str) -> RunConfig:
         ConfigError: there is no such recipe.
     """
     return resolve(name, RECIPES, "recipe")()
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The config of a recipe without stages.
+
+    Raises:
+        ConfigError: there is no such recipe, or it has stages.
+    """
+    recipe = find_recipe(name)
+    if isinstance(recipe, Stages):
+        stages = ", ".join(stage.name for stage in recipe.stages)
+        raise ConfigError(f"{name} has stages ({stages}), which only jobs/pretrain.py trains")
+    return recipe

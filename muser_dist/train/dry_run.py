@@ -12,8 +12,12 @@ from muser_dist.models.weights import report_weights
 from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards
 
 
-def dry_run(config: RunConfig) -> str:
+def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     """Checks a config as `pretrain` does, decodes one chunk, and tells what the run would take. Writes nothing.
+
+    Args:
+        config: the run.
+        after: the stage before it, whose model need not be there yet.
 
     Raises:
         MuserError: as `pretrain`.
@@ -33,7 +37,8 @@ def dry_run(config: RunConfig) -> str:
 
     train, slots, gib = config.train, config.data.decode_slots, 1 << 30
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
-    lines = [describe_plan(config, indices, parameters), *map(str, report_weights(config)), ""]
+    started = [f"Starts from the model of {after.folder}"] if after else map(str, report_weights(config))
+    lines = [describe_plan(config, indices, parameters), *started, ""]
     for workers in dict.fromkeys((least, most)):
         weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
         held = weights + gradients + moments

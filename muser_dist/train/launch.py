@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,32 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
         train(config, reader)
     score(config, val_index, storage)
     return config.folder
+
+
+def pretrain_stages(runs: Sequence[RunConfig], command: list[str]) -> Path:
+    """Runs the stages of a recipe, each of which starts from the one before; those that are trained already, not again.
+
+    Args:
+        runs: of `Stages.chained`; what can be checked of all of them is checked before the first starts.
+        command: as of `pretrain`.
+
+    Returns:
+        the folder of all stages; in it, `model` is the last one's.
+
+    Raises:
+        MuserError: as `pretrain`.
+    """
+    for config in runs:
+        check_settings(config)
+        find_shards(config, Storage.of(config.data))
+    for number, config in enumerate(runs, 1):
+        print(f"\n=== Stage {number} of {len(runs)}: {config.name} ===", flush=True)
+        pretrain(config, command)
+    folder = Path(runs[-1].storage)
+    link = folder / MODEL
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(runs[-1].name) / MODEL)
+    return folder
 
 
 # --- Ray ---

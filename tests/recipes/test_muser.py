@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.config import RunConfig
 from muser_dist.models.heads import LogitScale
 from muser_dist.models.model import MultimodalModel, build_tower
@@ -127,7 +127,7 @@ def test_sizes_grow(recipe):
 @pytest.mark.parametrize("recipe", ["muser_tiny", "muser_code"])
 def test_help_names_the_sizes_of_the_towers(recipe, capsys):
     with pytest.raises(SystemExit) as done:
-        parse_run([recipe, "--help"], "jobs/pretrain.py")
+        parse_runs([recipe, "--help"], "jobs/pretrain.py")
     assert done.value.code == 0
     shown = capsys.readouterr().out
     option = {"muser_tiny": "--model.audio.options.width", "muser_code": "--model.audio.options.outputs"}[recipe]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from muser_dist.cli import parse_run, parse_sweep
+from muser_dist.cli import parse_runs, parse_sweep
 from muser_dist.config import OPERATIONAL, leaves, to_dict
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.sweep.plan import config_of, dry_run_of, grace_samples, plan, room
@@ -152,7 +152,7 @@ def test_the_command_for_the_best_trial_gives_its_config(tmp_path):
         check=True,
         text=True,
     ).stdout.split("\0")[2:-1]
-    again = parse_run(words, "jobs/pretrain.py")
+    (again,) = parse_runs(words, "jobs/pretrain.py")
     kept = set(dict(leaves(to_dict(config)))) - OPERATIONAL - {"name"}
     ours, theirs = dict(leaves(to_dict(config))), dict(leaves(to_dict(again)))
     assert {name: theirs[name] for name in kept} == {name: ours[name] for name in kept}

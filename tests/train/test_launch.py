@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.config import from_dict, to_dict
 from muser_dist.data.config import SourceConfig
 from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
@@ -181,7 +181,7 @@ def test_config_survives_json_and_unknown_fields_are_errors():
 
 
 def test_the_command_line_overrides_any_field():
-    config = parse_run(
+    (config,) = parse_runs(
         [
             *("tiny", "--data.train", "a.tar", "b.tar", "--train.workers", "3", "--model.text.options.width", "64"),
             *("--objective.temperature.no-learnable", "--model.audio.lr", "1e-5"),
@@ -190,7 +190,7 @@ def test_the_command_line_overrides_any_field():
     )
     assert config.data.train == ("a.tar", "b.tar")
     assert config.train.workers == 3
-    elastic = parse_run(["tiny", "--train.workers", "2:8", "--train.resource", "trainer"], "test").train
+    elastic = parse_runs(["tiny", "--train.workers", "2:8", "--train.resource", "trainer"], "test")[0].train
     assert elastic.worker_range == (2, 8)
     assert config.model.text.options["width"] == 64
     assert config.model.audio.lr == 1e-5
@@ -199,7 +199,7 @@ def test_the_command_line_overrides_any_field():
 
 def test_objectives_on_the_command_line():
     arguments = ["tiny", "--objective.name", "debiased", "--objective.targets", "instance", "--objective.options"]
-    config = parse_run([*arguments, "tau_plus", "0.1", "--objective.dims", "32", "64"], "test")
+    (config,) = parse_runs([*arguments, "tau_plus", "0.1", "--objective.dims", "32", "64"], "test")
     assert config.objective.options == {"tau_plus": 0.1}
     assert config.objective.dims == (32, 64)
     for wrong, message in (
@@ -209,14 +209,14 @@ def test_objectives_on_the_command_line():
         (["--objective.temperature.maximum", "0.01"], r"objective\.temperature"),
     ):
         with pytest.raises(ConfigError, match=message):
-            parse_run(["tiny", *wrong], "test")
+            parse_runs(["tiny", *wrong], "test")
 
 
 def test_the_default_name_tells_configs_apart():
-    one, same, other = (parse_run(["tiny", "--train.lr", lr], "test") for lr in ("0.1", "0.1", "0.2"))
+    one, same, other = (parse_runs(["tiny", "--train.lr", lr], "test")[0] for lr in ("0.1", "0.1", "0.2"))
     assert one.name == same.name != other.name
     assert one.name.startswith("tiny-")
-    assert parse_run(["tiny", "--name", "mine"], "test").name == "mine"
+    assert parse_runs(["tiny", "--name", "mine"], "test").name == "mine"
 
 
 def my_recipe():
@@ -224,7 +224,7 @@ def my_recipe():
 
 
 def test_a_recipe_of_the_users_own():
-    assert parse_run([f"{__name__}:my_recipe", "--name", "x"], "test").data.sample_rate == 8_000
+    assert parse_runs([f"{__name__}:my_recipe", "--name", "x"], "test").data.sample_rate == 8_000
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess:
