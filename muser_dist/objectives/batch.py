@@ -23,6 +23,9 @@ class Batch:
             features stand under "<modality>_negatives", (b, K, D).
         labels: by metadata field, int64 (b,), the number of the value that a row has of it; or int8 (b, C), 1 for each
             of the C values that it has and 0 for the others. -1 where it lacks the field.
+        liked: (b, L) int64, numbers of rows of songs that are liked together with this row's, -1 where there are fewer.
+        partner: (b,) int64, where a row stands for two songs: the number of the other one's row. Its `liked` are (b,
+            2, L) then, of each of the two.
     """
 
     valid: dict[str, Tensor]
@@ -31,6 +34,8 @@ class Batch:
     label_id: Tensor
     negatives: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
+    liked: Tensor | None = None
+    partner: Tensor | None = None
 
     @classmethod
     def join(cls, batches: list["Batch"]) -> "Batch":
@@ -43,6 +48,7 @@ class Batch:
             torch.cat([batch.label_id for batch in batches]),
             {name: torch.cat([batch.negatives[name] for batch in batches]) for name in one.negatives},
             {name: torch.cat([batch.labels[name] for batch in batches]) for name in one.labels},
+            None if one.liked is None else torch.cat([batch.liked for batch in batches if batch.liked is not None]),
         )
 
 

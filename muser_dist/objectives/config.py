@@ -6,9 +6,10 @@ from typing import Literal
 from muser_dist.data.config import Strict
 from muser_dist.errors import require
 
-Feature = Literal["audio", "spectrogram", "text", "view"]
-"""What pairs contrast: a tower's modality; or "view", another crop of the same clip, drawn and augmented apart, which
-the audio tower and its head embed too."""
+Feature = Literal["audio", "spectrogram", "text", "view", "partner", "fused"]
+"""What pairs contrast: a tower's modality; "view", another crop of the same clip, drawn and augmented apart, which
+the audio tower and its head embed too; or, where rows come in pairs of songs that listeners like together (data.pairs),
+"partner", the other modality of the pair as the other song has it, and "fused", that song's fusion with its text."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class PairConfig(Strict):
     """One modality of the pair."""
     second: Feature
     """The other one; both directions are trained. "view" is another crop of the clip, for the audio tower: with audio
-    as the other one, rows of the anchor's own view are negatives too (NT-Xent), and only the row itself is a match."""
+    as the other one, rows of the anchor's own view are negatives too (NT-Xent), and only the row itself is a match.
+    "partner" and "fused" are of the song that is liked together with the row's; only that song is a match."""
     weight: float = 1.0
     """Share of this pair in the loss; weights are divided by their sum."""
 
@@ -25,6 +27,11 @@ class PairConfig(Strict):
     def of_views(self) -> bool:
         """Whether the pair is of two views of one clip through one tower."""
         return {self.first, self.second} == {"audio", "view"}
+
+    @property
+    def of_songs(self) -> bool:
+        """Whether the pair is of two songs that are liked together."""
+        return self.second in ("partner", "fused")
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,9 @@ class ObjectiveConfig(Strict):
     """Start of a learned bias of all similarities, one for each pair; "sigmoid" needs it (SigLIP: -10)."""
     normalise: bool = True
     """Compares by cosine; without, by the dot product of the embeddings as they are (CLaMP 2 and 3)."""
+    exclude_liked: bool = False
+    """In pairs of songs, leaves songs that listeners like together with the anchor's (data.pairs) out of its negatives.
+    It knows of the data.partners_known likeliest of each song."""
     dims: tuple[int, ...] = ()
     """Trains these many leading dimensions of the embedding as embeddings of their own (Matryoshka)."""
     bf16: bool = False
@@ -98,12 +108,20 @@ class ObjectiveConfig(Strict):
         )
         for pair in self.pairs:
             require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
+            require(
+                pair.first not in ("partner", "fused") and not (pair.of_songs and pair.first in ("text", "view")),
+                f"objective.pairs: {pair.first}-{pair.second}: give audio or spectrogram first, then partner or fused",
+            )
             require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")
         named = [{pair.first, pair.second} for pair in self.pairs]
         require(all(named.count(pair) == 1 for pair in named), "objective.pairs names a pair twice; give it a weight")
         require(
             self.name != "sigmoid" or self.bias is not None,
             "objective.bias: the sigmoid loss needs a bias; SigLIP starts at -10",
+        )
+        require(
+            not self.exclude_liked or any(pair.of_songs for pair in self.pairs),
+            "objective.exclude_liked: no pair of objective.pairs is of two songs (partner or fused); leave it out",
         )
         require(
             self.bias is None or self.name == "sigmoid" or ":" in self.name,

@@ -6,7 +6,7 @@ done here once, and the similarities in similarity.py. Shape suffixes: b rows of
 ranks, D dimensions, P pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from muser_dist.errors import ConfigError
 from muser_dist.objectives.batch import Batch, Logits, Loss
 from muser_dist.objectives.collectives import equal_gradient, sum_over_ranks, world
 from muser_dist.objectives.similarity import Pairs, row_statistics
+from muser_dist.objectives.songs import Meeting, meetings_of_songs, of_songs
 from muser_dist.objectives.statistics import LOWEST, LogSumExp, Statistic
 from muser_dist.objectives.targets import GlobalBatch, Matches
 
@@ -92,70 +93,108 @@ def mean_over_anchors(
     Returns:
         the rank's share; metrics "loss" and "loss/<pair>", with several dims "loss/<pair>@<dim>".
     """
-    rank, _ = world()
-    rows = GlobalBatch.of(batch)
-    b = rows.rows_each
-    own = slice(rank * b, (rank + 1) * b)
     factors = _weights(config) if factors is None else factors
-    scale_P, bias_P = equal_gradient(logits.scale), logits.bias
-
-    # Every pair at every number of dimensions is a pair of its own.
     dims = config.dims or (next(iter(features.values())).shape[-1],)
-    cases = [(pair, p, d) for p, pair in enumerate(config.pairs) for d in dims]
-    names = list(dict.fromkeys((name, d) for pair, _, d in cases for name in (pair.first, pair.second)))
-    views = [_shown(features[name][:, :d], batch.valid[name], b) for name, d in names]
-    which = tuple((names.index((pair.first, d)), names.index((pair.second, d))) for pair, _, d in cases)
-    matches = Matches.of(rows, config)
-    positives = [of_pair.positives()[own].to(scale_P.dtype) for of_pair in matches]
-    # Behind them, what two views need besides: each of the two with itself.
-    own_views = [(c, m) for c, (pair, _, _) in enumerate(cases) if pair.of_views for m in which[c]]
-    all_cases = [*range(len(cases)), *(c for c, _ in own_views)]
-    pairs = Pairs(
-        (*which, *((m, m) for _, m in own_views)),
-        tuple(matches[cases[c][1]] for c in all_cases),
-        (*[statistic] * len(cases), *[_without_self(statistic) for _ in own_views]),
-        _ring(views, config),
-        config.normalise,
-        config.bf16,
-    )
-    of_pair = torch.tensor([cases[c][1] for c in all_cases], device=scale_P.device)
-    scales, biases = scale_P[of_pair], None if bias_P is None else bias_P[of_pair]
-    statistics = row_statistics(pairs, scales, biases, views)
-
-    losses, weights, floors = [], [], []
-    for c, (pair, p, d) in enumerate(cases):
-        valid = matches[p].valid[own]
-        for direction, other in enumerate((pair.second, pair.first)):
-            x_bD = views[which[c][direction]]
-            hard = None
-            if other in batch.negatives:
-                h_bKD = features[f"{other}_negatives"][..., :d]
-                hard = _hard_negatives(x_bD, h_bKD, batch.negatives[other], scales[c], config.normalise)
-            own_view = None
-            if pair.of_views:
-                own_view = statistics[len(cases) + own_views.index((c, which[c][direction])), 0]
-            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives[p], hard, own_view)
-            loss_b, weight_b = anchor_loss(anchors)
-            weight_b = weight_b.detach() * valid
-            losses.append((torch.where(weight_b > 0, loss_b, 0.0) * weight_b).sum())
-            weights.append(weight_b.sum())
-            floors.append((positives[p].log() * weight_b).sum())
-    total = sum_over_ranks(torch.stack(weights)).clamp(min=torch.finfo(statistics.dtype).tiny)
-    mean = (torch.stack(losses) / total).view(-1, len(dims), 2)
-    share_P = (factors[:, None].to(mean) * mean).sum(dim=2)  # (P, dims)
+    frame = _Frame(logits, config, statistic, anchor_loss, dims)
+    means, floors = _means(frame, features, batch, [Meeting.of(p, pair) for p, pair in enumerate(config.pairs)])
+    share_P = (factors[:, None].to(means) * means).sum(dim=2)  # (P, dims)
     share = share_P.mean(dim=1).sum()
 
     metrics = {"loss": share.detach()}
     if floor:
-        lowest = (torch.stack(floors) / total).view(-1, len(dims), 2)
-        metrics["loss_minus_entropy"] = share.detach() - (factors[:, None].to(mean) * lowest).sum(dim=2).mean(1).sum()
-    parts = factors.sum(dim=1).to(mean)
+        lowest = (factors[:, None].to(means) * floors).sum(dim=2).mean(1).sum()
+        metrics["loss_minus_entropy"] = share.detach() - lowest
+    parts = factors.sum(dim=1).to(means)
     for p, pair in enumerate(config.pairs):
         own_mean = share_P[p].detach() / parts[p]
         metrics[f"loss/{pair.first}-{pair.second}"] = own_mean.mean()
         for d, value in zip(config.dims, own_mean, strict=False):
             metrics[f"loss/{pair.first}-{pair.second}@{d}"] = value
     return Loss(share, metrics)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What all pairs have in common; see `mean_over_anchors`."""
+
+    logits: Logits
+    config: ObjectiveConfig
+    statistic: Statistic
+    anchor_loss: AnchorLoss
+    dims: tuple[int, ...]
+
+
+def _means(
+    frame: _Frame, features: dict[str, Tensor], batch: Batch, meetings: Sequence[Meeting]
+) -> tuple[Tensor, Tensor]:
+    """This rank's shares of the means over anchors: of losses, and of the least that they can be.
+
+    Returns:
+        twice (P, dims, 2): of each pair, number of dimensions and direction.
+    """
+    songs = [meeting for meeting in meetings if meeting.of_songs]
+    if songs:  # rows of a batch of their own
+        others = [meeting for meeting in meetings if not meeting.of_songs]
+        whole = _means(frame, features, batch, others) if others else None
+        of_two = _means(frame, *of_songs(features, batch, songs), meetings_of_songs(songs))
+        return of_two if whole is None else (whole[0] + of_two[0], whole[1] + of_two[1])
+
+    config, dims = frame.config, frame.dims
+    rank, _ = world()
+    rows = GlobalBatch.of(batch)
+    b = rows.rows_each
+    own = slice(rank * b, (rank + 1) * b)
+    scale_P, bias_P = equal_gradient(frame.logits.scale), frame.logits.bias
+
+    # Every pair at every number of dimensions is a pair of its own.
+    cases = [(meeting, number, d) for number, meeting in enumerate(meetings) for d in dims]
+    names = list(dict.fromkeys((name, d) for meeting, _, d in cases for name in (meeting.first, meeting.second)))
+    views = [_shown(features[name][:, :d], batch.valid[name], b) for name, d in names]
+    which = tuple((names.index((meeting.first, d)), names.index((meeting.second, d))) for meeting, _, d in cases)
+    matches = Matches.of(rows, config, meetings)
+    positives = [of_pair.positives()[own].to(scale_P.dtype) for of_pair in matches]
+    # Behind them, what two views need besides: each of the two with itself.
+    own_views = [(c, m) for c, (meeting, _, _) in enumerate(cases) if meeting.of_views for m in which[c]]
+    all_cases = [*range(len(cases)), *(c for c, _ in own_views)]
+    pairs = Pairs(
+        (*which, *((m, m) for _, m in own_views)),
+        tuple(matches[cases[c][1]] for c in all_cases),
+        (*[frame.statistic] * len(cases), *[_without_self(frame.statistic) for _ in own_views]),
+        _ring(views, config),
+        config.normalise,
+        config.bf16,
+    )
+    of_pair = torch.tensor([cases[c][0].pair for c in all_cases], device=scale_P.device)
+    scales, biases = scale_P[of_pair], None if bias_P is None else bias_P[of_pair]
+    statistics = row_statistics(pairs, scales, biases, views)
+
+    losses, weights, floors = [], [], []
+    for c, (meeting, number, d) in enumerate(cases):
+        valid = matches[number].valid[own]
+        for direction, other in enumerate((meeting.second, meeting.first)):
+            x_bD = views[which[c][direction]]
+            hard = None
+            if other in batch.negatives:
+                h_bKD = features[f"{other}_negatives"][..., :d]
+                hard = _hard_negatives(x_bD, h_bKD, batch.negatives[other], scales[c], config.normalise)
+            own_view = None
+            if meeting.of_views:
+                own_view = statistics[len(cases) + own_views.index((c, which[c][direction])), 0]
+            anchors = Anchors(x_bD, valid, scales[c], statistics[c, direction], positives[number], hard, own_view)
+            loss_b, weight_b = frame.anchor_loss(anchors)
+            weight_b = weight_b.detach() * valid
+            losses.append((torch.where(weight_b > 0, loss_b, 0.0) * weight_b).sum())
+            weights.append(weight_b.sum())
+            floors.append((positives[number].log() * weight_b).sum())
+    total = sum_over_ranks(torch.stack(weights)).clamp(min=torch.finfo(statistics.dtype).tiny)
+    shares = torch.tensor([meeting.share for meeting in meetings], device=total.device, dtype=total.dtype)
+    at = torch.tensor([meeting.pair for meeting in meetings], device=total.device)
+
+    def of_pairs(values: list[Tensor]) -> Tensor:
+        of_meetings = (torch.stack(values) / total).view(len(meetings), len(dims), 2) * shares[:, None, None]
+        return of_meetings.new_zeros(len(config.pairs), len(dims), 2).index_add(0, at, of_meetings)
+
+    return of_pairs(losses), of_pairs(floors)
 
 
 def _without_self(statistic: Statistic) -> Statistic:
@@ -175,6 +214,9 @@ def contrastive(features: dict[str, Tensor], logits: Logits, batch: Batch, confi
 
     Of the pair audio and view it is NT-Xent (Chen et al. 2020, eq. 1), the loss of CLMR: the anchor's 2N - 1
     candidates are all other views of the batch, and the sum over both directions is that over 2N anchors.
+
+    Of audio and "partner", and audio and "fused", it is HTCL's L2 and L3 (Pan et al. 2025): with a and f the audio and
+    the fused embeddings of the songs 1 and 2 of each pair, CLIP(a1, a2) and the mean of CLIP(a1, f2) and CLIP(a2, f1).
 
     Algorithm 1 of MUSER is this with config.targets = "instance" and one shared temperature. With
     config.normalise = False and a constant temperature of 1 it is CLaMP 2's and 3's.

@@ -96,6 +96,57 @@ class Similarities:
         return torch.stack([self.s(i, j) for j in self.positives(i)]).mean()
 
 
+class OfSongs(Similarities):
+    """The same of pairs of songs: anchor k is the x of one song of rows 2k and 2k + 1, candidate k the y of the other.
+
+    Only the anchor's own partner is a positive. No negatives are the anchor's song again, its partner again, and with
+    config.exclude_liked songs that either of the two lists as liked.
+    """
+
+    def __init__(
+        self,
+        features: dict[str, Tensor],
+        logits: Logits,
+        batch: Batch,
+        config: ObjectiveConfig,
+        pair: PairConfig,
+        anchor: tuple[str, int],
+        candidate: tuple[str, int],
+        dim: int,
+    ) -> None:
+        p = config.pairs.index(pair)
+        self.config, self.scale = config, logits.scale[p]
+        self.bias = logits.bias[p] if logits.bias is not None else 0.0
+        self.hard, self.of_views = None, False
+        (x, mine), (y, theirs) = anchor, candidate
+        self.x, self.y = self._compared(features[x][mine::2], dim), self._compared(features[y][theirs::2], dim)
+        self.song, self.partner = batch.row[mine::2].tolist(), batch.row[theirs::2].tolist()
+        lists = [set(row) for row in batch.liked.tolist()] if batch.liked is not None else [set()] * len(batch.row)
+        self.likes, self.liked_by = lists[mine::2], lists[theirs::2]
+
+        def there(name: str, row: int) -> bool:
+            return all(bool(batch.valid[of][row]) for of in ((pair.first, "text") if name == "fused" else (name,)))
+
+        rows = range(len(self.song))
+        self.anchors = [k for k in rows if there(x, 2 * k + mine) and there(y, 2 * k + theirs)]
+
+    def positives(self, i: int) -> list[int]:
+        """Its partner."""
+        return [i]
+
+    def negatives(self, i: int) -> list[int]:
+        """The other candidates that are apart from it."""
+        return [
+            j
+            for j in self.anchors
+            if j != i
+            and self.song[i] not in (self.song[j], self.partner[j])
+            and self.partner[i] != self.partner[j]
+            and self.partner[j] not in self.likes[i]
+            and self.song[i] not in self.liked_by[j]
+        ]
+
+
 AnchorLoss = Callable[[Similarities, int], Tensor | None]
 """The loss of anchor i; None where it has none."""
 
@@ -192,13 +243,34 @@ def reference_loss(
     for dim in dims:
         for pair in config.pairs:
             for reverse in (False, True):
-                sim = Similarities(features, logits, batch, config, pair, reverse, dim)
-                losses = {i: loss for i in sim.anchors if (loss := anchor_loss(sim, i)) is not None}
-                if losses:
-                    weights = torch.stack([weigh(sim, i) if weigh else torch.ones_like(total) for i in losses])
-                    mean = (weights * torch.stack(list(losses.values()))).sum() / weights.sum()
-                    total = total + _factor(config, pair, reverse) * mean / len(dims)
+                parts = _similarities(features, logits, batch, config, pair, reverse, dim)
+                for sim in parts:
+                    losses = {i: loss for i in sim.anchors if (loss := anchor_loss(sim, i)) is not None}
+                    if losses:
+                        weights = torch.stack([weigh(sim, i) if weigh else torch.ones_like(total) for i in losses])
+                        mean = (weights * torch.stack(list(losses.values()))).sum() / weights.sum()
+                        total = total + _factor(config, pair, reverse) * mean / len(dims) / len(parts)
     return total
+
+
+def _similarities(
+    features: dict[str, Tensor],
+    logits: Logits,
+    batch: Batch,
+    config: ObjectiveConfig,
+    pair: PairConfig,
+    reverse: bool,
+    dim: int,
+) -> list[Similarities]:
+    """Those of a direction of a pair; of songs and fusions there are two, CLIP(a1, f2) and CLIP(f1, a2)."""
+    if not pair.of_songs:
+        return [Similarities(features, logits, batch, config, pair, reverse, dim)]
+    x, y = pair.first, pair.first if pair.second == "partner" else pair.second
+    found: list[Similarities] = []
+    for first, second in dict.fromkeys([(x, y), (y, x)]):
+        ends = ((second, 1), (first, 0)) if reverse else ((first, 0), (second, 1))
+        found.append(OfSongs(features, logits, batch, config, pair, *ends, dim))
+    return found
 
 
 def _factor(config: ObjectiveConfig, pair: PairConfig, reverse: bool) -> float:

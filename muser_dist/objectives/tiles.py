@@ -107,7 +107,7 @@ def _tiles(of: Similarities, x: Block, y: Block) -> Tiles:
     if x.features.is_cuda:
         from muser_dist.objectives import tiles_cuda
 
-        if tiles_cuda.supports(of.statistic, x.features.dtype):
+        if of.matches.songs is None and tiles_cuda.supports(of.statistic, x.features.dtype):
             return tiles_cuda.FusedTiles(of, x, y)
     return TorchTiles(of, x, y)
 

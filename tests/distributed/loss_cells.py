@@ -41,8 +41,8 @@ def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[
 
 
 def rows_of(rank: int, world: int) -> int:
-    """Rows of a rank, different on each; with three ranks one has none at all."""
-    return 0 if (world, rank) == (3, 1) else 7 + 2 * rank
+    """Rows of a rank, different on each, whole pairs of songs; with three ranks one has none at all."""
+    return 0 if (world, rank) == (3, 1) else 8 + 2 * rank
 
 
 def parts(world: int) -> list[slice]:

@@ -12,6 +12,7 @@ THREE_PAIRS = (PairConfig("audio", "spectrogram"), PairConfig("audio", "text"), 
 TWO_PAIRS = (PairConfig("audio", "text", 2.5), PairConfig("spectrogram", "text"))
 SHARED = TemperatureConfig(shared=True)
 VIEWS = (PairConfig("audio", "view"),)
+SONGS = (PairConfig("audio", "text"), PairConfig("audio", "partner", 0.5), PairConfig("audio", "fused"))
 LABELS = {"genre": 3, "tags": 2, "absent": 4}
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -42,6 +43,9 @@ LOSSES: dict[str, dict[str, Any]] = {
         "pairs": VIEWS,
         "options": {"tau_plus": 0.1, "beta": 0.5},
     },
+    "HTCL, songs that are liked together": {"targets": "instance", "pairs": SONGS},
+    "HTCL, other liked songs left out": {"pairs": SONGS[1:], "exclude_liked": True},
+    "HTCL, one embedding against the other": {"name": "decoupled", "pairs": SONGS[1:2], "dims": (8, 16)},
     "classes and tags": {"name": "supervised", "pairs": ()},
     "scale 100": {"targets": "same_text", "scale": 100.0},
     "bfloat16": {"targets": "same_text", "bf16": True, "normalise": False, "pairs": THREE_PAIRS},
@@ -59,7 +63,7 @@ class Case:
 
     Args:
         name: of LOSSES.
-        rows: N.
+        rows: N; of pairs of songs one more where it is odd.
         seed: of everything random.
         repeats: whether clips come twice; without, every row is valid too.
     """
@@ -68,6 +72,8 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         self.config = config_of(name)
         hard = LOSSES[name].get("hard", 0)
+        songs = any(pair.of_songs for pair in self.config.pairs)
+        rows += songs and rows % 2
         views = ("view",) if any("view" in (pair.first, pair.second) for pair in self.config.pairs) else ()
         self.features = {m: torch.randn(rows, dim, generator=g) for m in (*MODALITIES, *views)}
         if self.config.bf16:  # what bfloat16 holds as it is: so there is nothing to round, and the result is exact
@@ -87,8 +93,12 @@ class Case:
             labels["tags"] = torch.randint(0, 2, (rows, LABELS["tags"]), generator=g).to(torch.int8)
             labels["tags"][torch.rand(rows, generator=g) < 0.3] = -1
             labels["absent"] = torch.full((rows,), -1)
+        liked = None
+        if songs:
+            self.features["fused"] = torch.randn(rows, dim, generator=g)
+            liked = torch.randint(-1, rows, (rows, 3), generator=g) if self.config.exclude_liked else None
         pairs = len(self.config.pairs)
-        self.batch = Batch(valid, row, text_id, label_id, negatives, labels)
+        self.batch = Batch(valid, row, text_id, label_id, negatives, labels, liked)
         scale = LOSSES[name].get("scale")
         self.scale = torch.full((pairs,), scale) if scale else torch.tensor([3.0, 11.0, 7.0])[:pairs]
         if self.config.temperature.shared:
@@ -108,6 +118,7 @@ class Case:
             b.label_id[where],
             {name: flag[where] for name, flag in b.negatives.items()},
             {name: label[where] for name, label in b.labels.items()},
+            None if b.liked is None else b.liked[where],
         )
         return leaf, logits, batch
 
