@@ -152,13 +152,27 @@ class RunConfig(Strict):
         used: set[str] = set(towers) if supervised else set()
         for pair in self.objective.pairs:
             for name in (pair.first, pair.second):
-                tower_name = "audio" if name == "view" else name
+                tower_name = {"view": "audio", "partner": pair.first, "fused": "text"}.get(name, name)
                 require(
                     tower_name in towers,
                     f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{tower_name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
                 used.add(tower_name)
+        of_songs = any(pair.of_songs for pair in self.objective.pairs)
+        require(
+            not of_songs or bool(self.data.pairs),
+            "objective.pairs names partner or fused, of songs that listeners like together; give --data.pairs "
+            "PAIRS.parquet, which jobs/mine_pairs.py makes of a log",
+        )
+        require(
+            of_songs or not self.data.pairs or ":" in self.objective.name,
+            "data.pairs: no pair of objective.pairs names partner or fused, so nothing would learn of it; leave it out",
+        )
+        require(
+            not self.data.pairs or self.train.chunk % 2 == 0,
+            f"data.pairs: the songs of a pair share a chunk, so train.chunk must be even, not {self.train.chunk}",
+        )
         require(
             not supervised or len(towers) == 1,
             f'objective.name: "supervised" trains one tower, and the model has {", ".join(towers)}; leave one',
@@ -224,7 +238,7 @@ class RunConfig(Strict):
     @property
     def taking_part(self) -> tuple[tuple[str, str], ...]:
         """Names of flags in a chunk: a row is used when both of any of these are set."""
-        pairs = [(pair.first, pair.second) for pair in self.objective.pairs]
+        pairs = [(pair.first, pair.second) for pair in self.objective.pairs]  # "partner" and "fused" have flags too
         labelled = [(name, "label") for name in self.model.towers() if self.data.label_kinds()]
         return (*pairs, *labelled)
 

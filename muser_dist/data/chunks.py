@@ -11,7 +11,8 @@ A chunk is a dict of arrays, one Arrow row and one block:
     key, shard       str   (c,)
     source           str   (c,)      name of the source
     crop             float64 (c,)    where the crop lies in the clip: 0 is its head, 1 its tail; of two views (c, 2)
-    valid_<modality> bool  (c,)      for each modality of the model, and for "view" where it is asked for
+    valid_<modality> bool  (c,)      for each modality of the model, and for "view" where it is asked for; where rows
+                                     come in pairs, valid_partner and valid_fused say what is there of the other song
     audio            int16 (c, samples), where a tower or the front end on the worker needs it
     audio_length     int32 (c,)      samples before the padding
     view             int16 (c, samples), where a pair names it: another crop, drawn and augmented apart
@@ -22,6 +23,7 @@ A chunk is a dict of arrays, one Arrow row and one block:
     text_length      int32 (c,)
     text_id          int64 (c,)      which texts state the same facts; -1 where there is none
     label_id         int64 (c,)      which rows have the same value of data.label; -1 where there is none
+    liked            int64 (c, n)    rows of songs that are liked together with it, where objective.exclude_liked asks
     label/<field>    int64 (c,) or int8 (c, values), of each field that is learned: see `Labels.empty`
     valid_label      bool  (c,)      has a label in one of those fields, where there are any
     heard, cached    bool  (c,)      its (first) crop is there; its clip came from the cache (data.keep_clips)
@@ -48,6 +50,7 @@ from muser_dist.data.config import SourceConfig
 from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.labels import Labels
 from muser_dist.data.leakage import file_id, title_id
+from muser_dist.data.partners import Partners
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
 from muser_dist.data.text import TextPolicy, flat, joined, load_tokenizer, read_fields, text_id
@@ -125,6 +128,7 @@ class ChunkReader:
         chunk: rows in a chunk (c).
         chunks_per_step: chunks in a global batch (K); `for_workers` pads them.
         val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
+        partners: where rows come in pairs (2i and 2i + 1), those that the plan draws from.
     """
 
     def __init__(
@@ -136,8 +140,11 @@ class ChunkReader:
         chunk: int,
         chunks_per_step: int,
         val_ids: np.ndarray,
+        partners: Partners | None = None,
     ) -> None:
         self.rows = rows
+        self.partners = partners
+        self.likes = config.data.partners_known if partners and config.objective.exclude_liked else 0
         self.plan = plan
         self.sources = sources
         self.data = config.data
@@ -328,6 +335,15 @@ class ChunkReader:
             chunk["text_ids"], chunk["text_length"] = tokenizer(sentences)
         for modality in self.model.towers():
             chunk[f"valid_{modality}"] = stated if modality == "text" else heard
+        if self.partners is not None:
+            other = np.arange(c) ^ 1
+            chunk["valid_partner"] = heard[other]
+            chunk["valid_fused"] = (heard & stated)[other]
+        if self.partners is not None and self.likes:
+            none = np.full(self.likes, -1)
+            chunk["liked"] = np.stack(
+                [self.partners.likeliest(index, self.likes) if index >= 0 else none for index in outline.rows.index]
+            )
         return chunk | labels | ({"valid_label": labelled} if labels else {})
 
     def _entry(self, outline: Outline, i: int, **fields: Any) -> str:

@@ -171,6 +171,12 @@ class DataConfig(Strict):
     train_share: float = 1.0
     """Share of the training rows to train on, for few-shot curves: a random subset of each shard, which depends on
     the seed alone, and on all machines and numbers of workers alike."""
+    pairs: str = ""
+    """Pairs of songs that listeners like together, by the keys of their samples: what jobs/mine_pairs.py wrote, Parquet
+    with trigger, item and weight. Rows come in pairs then: a song that has partners, each once a pass, and one of its
+    partners, drawn by weight. Objectives contrast them as "partner" and "fused"."""
+    partners_known: int = 32
+    """Partners of each row that objective.exclude_liked knows of."""
     tokenizer: str = "words"
     """"words" (hashed words, needs no files) or a Hugging Face tokenizer: local path or name."""
     vocabulary: int = 16_384
@@ -209,6 +215,7 @@ class DataConfig(Strict):
         require(self.crop_seconds > 0, f"data.crop_seconds is {self.crop_seconds}; give a positive length")
         require(len(self.templates) > 0, 'data.templates is empty; give at least one, such as "{caption}"')
         require(self.max_tokens >= 2, "data.max_tokens must be at least 2")
+        require(self.partners_known >= 1, "data.partners_known must be at least 1")
         require(self.vocabulary >= 16, "data.vocabulary must be at least 16")
         require(self.decode_slots >= 1, "data.decode_slots must be at least 1, or nothing can be decoded")
         require(self.max_decode_slots >= 0, "data.max_decode_slots must not be negative")

@@ -15,6 +15,7 @@ from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_diges
 from muser_dist.data.config import SourceConfig
 from muser_dist.data.decoder import keep_freed_memory
 from muser_dist.data.leakage import file_id, title_id
+from muser_dist.data.partners import Partners
 from muser_dist.data.plan import Plan
 from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex
@@ -30,9 +31,16 @@ if TYPE_CHECKING:
 # shards of its window when its process has not yet, so it should decode many.
 ROWS_PER_TASK = 256
 
+_MOST_OPEN = 256
+"""Shards that a task keeps open where it may need any."""
+
 
 def training_reader(
-    config: RunConfig, indices: Sequence[ShardIndex], storage: Storage, val_ids: np.ndarray | None = None
+    config: RunConfig,
+    indices: Sequence[ShardIndex],
+    storage: Storage,
+    val_ids: np.ndarray | None = None,
+    partners: Partners | None = None,
 ) -> ChunkReader:
     """The reader of a training run's chunks, for one worker; its `for_workers` gives those for more.
 
@@ -41,6 +49,7 @@ def training_reader(
         indices: the shards of each of config.data.training_sources().
         storage: where they are read from.
         val_ids: what `known_ids` gives for the validation rows; rows that match are marked.
+        partners: of the rows of all sources, where data.pairs is given.
 
     Raises:
         ConfigError: a source's share of a global batch is less than a row.
@@ -55,15 +64,19 @@ def training_reader(
         data.window_shards,
         shuffle=True,
         share=data.train_share,
+        partners=partners,
     )
+    # Partners are anywhere, but open files have a limit.
+    kept = _MOST_OPEN if partners is not None else 2 * data.window_shards * len(sources)
     return ChunkReader(
-        RowReader(ShardIndex.join(list(indices)), storage, kept=2 * data.window_shards * len(sources)),
+        RowReader(ShardIndex.join(list(indices)), storage, kept),
         plan,
         sources,
         config,
         chunk=config.train.chunk,
         chunks_per_step=config.train.chunks_per_step,
         val_ids=np.zeros(0, np.int64) if val_ids is None else val_ids,
+        partners=partners,
     )
 
 

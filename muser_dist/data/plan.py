@@ -5,13 +5,14 @@ the same from disk and from S3. Any position is found without replaying earlier 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from muser_dist.data.partners import Partners
 from muser_dist.errors import ConfigError
 
 
@@ -56,6 +57,8 @@ class Epochs:
         window_shards: shards in a window.
         shuffle: whether the order is shuffled, and endless.
         share: of the rows that epochs hold, where they are shuffled.
+        partners: where given, only rows that have one are in epochs, or that share of them.
+        before: shards and rows of the sources before this one, by which `partners` counts.
 
     Attributes:
         total: rows in all shards.
@@ -70,12 +73,19 @@ class Epochs:
         window_shards: int,
         shuffle: bool,
         share: float = 1.0,
+        partners: Partners | None = None,
+        before: tuple[int, int] = (0, 0),
     ) -> None:
         self.first = np.concatenate([[0], np.cumsum(shard_rows)])
         self.total = int(self.first[-1])
+        self.partners, self.rows_before = partners, before[1]
+        there = shard_rows
+        if partners is not None:
+            there = partners.triggers[before[0] : before[0] + len(shard_rows)]
         # By shards' ends, not by shards: of many small ones each would round to nothing.
         p, q = Fraction(str(share)).as_integer_ratio()
-        self.kept = shard_rows if p == q else np.diff([-(-end * p // q) for end in self.first.tolist()])
+        ends = [0, *np.cumsum(there).tolist()]
+        self.kept = there if p == q else np.diff([-(-end * p // q) for end in ends])
         self.length = int(self.kept.sum())
         self.seed = seed
         self.source = source
@@ -121,6 +131,9 @@ class Epochs:
     def _rows(self, shard: int) -> np.ndarray:
         """The rows of a shard that epochs hold."""
         rows = np.arange(self.first[shard], self.first[shard + 1])
+        if self.partners is not None:
+            start, stop = (int(self.first[i]) + self.rows_before for i in (shard, shard + 1))
+            rows = self.partners.with_partner(start, stop) - self.rows_before
         if self.kept[shard] == len(rows):
             return rows
         chosen = np.random.default_rng([self.seed, 10 * self.source + 3, shard]).permutation(rows)
@@ -154,6 +167,8 @@ class Plan:
         weights: the share of each source, in any unit.
         batch: rows in a global batch (N).
         seed, window_shards, shuffle, share: as of `Epochs`.
+        partners: where given, rows come in pairs, of a song and one of its partners. The stream of the sources holds
+            the first of each alone, and N is an even number.
 
     Raises:
         ConfigError: a source's share of a batch is less than a row.
@@ -168,9 +183,17 @@ class Plan:
         window_shards: int,
         shuffle: bool,
         share: float = 1.0,
+        partners: Partners | None = None,
     ) -> None:
-        self._arguments = (list(sources), list(weights), batch, seed, window_shards, shuffle, share)
-        self.sources = [Epochs(rows, seed, i, window_shards, shuffle, share) for i, rows in enumerate(sources)]
+        self._arguments = (list(sources), list(weights), batch, seed, window_shards, shuffle, share, partners)
+        self._partners = partners
+        if partners is not None:
+            batch //= 2
+        self.sources = []
+        before = (0, 0)
+        for i, rows in enumerate(sources):
+            self.sources.append(Epochs(rows, seed, i, window_shards, shuffle, share, partners, before))
+            before = (before[0] + len(rows), before[1] + self.sources[i].total)
         exact = [Fraction(str(weight)) for weight in weights]
         self.weights = [weight / sum(exact) for weight in exact]
         if min(self.weights) * batch < 1:
@@ -193,8 +216,23 @@ class Plan:
     def rows(self, start: int, stop: int) -> Rows:
         """The rows at the positions start <= p < stop of the stream; the position is one number.
 
-        Without shuffling the stream ends after one pass, and later positions are padding.
+        Without shuffling the stream ends after one pass, and later positions are padding. Of a stream of pairs both
+        bounds are even.
         """
+        if self._partners is None:
+            return self._rows(start, stop)
+        triggers = self._rows(start // 2, stop // 2)
+        pairs = [
+            self._partners.draw(index, np.random.default_rng([self.seed, 6, epoch, index]).random())
+            for epoch, index in zip(triggers.epoch.tolist(), triggers.index.tolist(), strict=True)
+        ]
+        index = np.array(pairs, np.int64)
+        source = np.searchsorted(self._first_of_source, index, side="right") - 1
+        partners = self._locate(triggers.epoch.copy(), index, source)
+        both = ((getattr(triggers, f.name), getattr(partners, f.name)) for f in fields(Rows))
+        return Rows(*(np.stack(two, 1).reshape(-1) for two in both))
+
+    def _rows(self, start: int, stop: int) -> Rows:
         if len(self.sources) == 1:
             epoch, index = self.sources[0].at(start, stop)
             return self._locate(epoch, index, np.zeros_like(index))
@@ -207,7 +245,10 @@ class Plan:
         return self._locate(*map(np.concatenate, zip(*parts, strict=True)))
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
-        """The source of all random choices for one row in one epoch: crop, template, augmentation."""
+        """The source of all random choices for one row in one epoch: crop, template, augmentation.
+
+        A song that comes several times in an epoch, as others' partner, makes the same choices.
+        """
         return np.random.default_rng([self.seed, 3, epoch, index])
 
     def view_rng(self, epoch: int, index: int) -> np.random.Generator:

@@ -25,6 +25,19 @@ class ProjectionHead(nn.Sequential):
             super().__init__(nn.Linear(width, dim, bias=False))
 
 
+class Fusion(nn.Sequential):
+    """One embedding of a song out of those of its sound and its text, (rows, dim) each: three linear layers of 2·dim,
+    dim and dim units on both side by side, with ReLU between (HTCL, Pan et al. 2025)."""
+
+    def __init__(self, dim: int) -> None:
+        layers = (nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        super().__init__(*layers)
+
+    def forward(self, sound: Tensor, text: Tensor) -> Tensor:
+        """(rows, dim), not normalised."""
+        return super().forward(torch.cat([sound, text], dim=1))
+
+
 class LabelHeads(nn.Linear):
     """A linear layer on a tower's output for each metadata field, made as one.
 

@@ -13,7 +13,7 @@ from muser_dist.errors import ConfigError, require
 from muser_dist.models.compiling import compile_tower, compiled
 from muser_dist.models.esresnext import ESResNeXt
 from muser_dist.models.frozen import FrozenOutputs
-from muser_dist.models.heads import LabelHeads, LogitScale, ProjectionHead
+from muser_dist.models.heads import Fusion, LabelHeads, LogitScale, ProjectionHead
 from muser_dist.models.huggingface import HuggingFaceSpectrogram, HuggingFaceText, HuggingFaceWaveform
 from muser_dist.models.recompute import recompute_activations
 from muser_dist.models.spectrogram import SpectrogramTower
@@ -78,6 +78,7 @@ class MultimodalModel(nn.Module):
     Initial weights depend on config.seed alone, so that every rank starts from the same.
 
     Attributes:
+        fused: the modality whose embeddings are fused with those of texts, where a pair names "fused".
         labelled: the tower whose output the heads of fields read: the first.
         label_kinds: of each of the fields, whether a row has one or any number of its values.
         dim: of embeddings. Where nothing is contrasted there is no joint space, and they are the tower's output.
@@ -109,6 +110,8 @@ class MultimodalModel(nn.Module):
             self.label_kinds = config.data.label_kinds()
             sizes = {name: len(config.data.label_values.get(name, ())) for name in self.label_kinds}
             self.label_heads = LabelHeads(width, sizes) if sizes else None
+            self.fused = next((pair.first for pair in config.objective.pairs if pair.second == "fused"), None)
+            self.fusion = Fusion(dim) if self.fused else None
         self.logits = LogitScale(config.objective)
         self._frozen: dict[str, FrozenOutputs] = {}
         self._to_compile = {name for name, settings in config.model.towers().items() if settings.compile}
@@ -138,10 +141,10 @@ class MultimodalModel(nn.Module):
                 dropout: the same on every number of workers, and again in a second pass.
 
         Returns:
-            (rows, dim) float32 for each modality and perhaps "view", not normalised; "label/<field>" (rows, values)
-            float32, logits; and what depends on parameters alone: what `LogitScale` gives, and, where `moment` is
-            given, the auxiliary losses of towers that are trained, as "loss/MODALITY/NAME". They come from here because
-            at ZeRO-3 a parameter can be read only inside its module's forward.
+            (rows, dim) float32 for each modality and perhaps "view" and "fused", not normalised; "label/<field>" (rows,
+            values) float32, logits; and what depends on parameters alone: what `LogitScale` gives, and, where `moment`
+            is given, the auxiliary losses of towers that are trained, as "loss/MODALITY/NAME". They come from here
+            because at ZeRO-3 a parameter can be read only inside its module's forward.
         """
         out: dict[str, Tensor] = {}
         # Here and not around the call: DeepSpeed switches an outer autocast off.
@@ -159,6 +162,9 @@ class MultimodalModel(nn.Module):
                 out |= dict(zip(("audio", "view"), projected.chunk(2), strict=True)) if views else {name: projected}
                 if name == self.labelled:
                     out |= self._logits(features.chunk(2)[0] if views else features)
+            if self.fusion is not None and self.fused is not None:
+                fused = self.fusion(out[self.fused], out["text"])
+                out["fused"] = fused.to(torch.promote_types(fused.dtype, torch.float32))
         return out | self.logits()
 
     def encode(self, modality: str, batch: dict[str, Tensor]) -> Tensor:

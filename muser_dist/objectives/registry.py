@@ -45,6 +45,7 @@ def check_objective(config: RunConfig) -> None:
     pairs, two = len(config.objective.pairs), torch.arange(2)
     features: dict[str, torch.Tensor] = {name: torch.eye(2, config.model.projection_dim) for name in config.features}
     valid = {name: torch.ones(2, dtype=torch.bool) for name in features}
+    features |= {"fused": torch.eye(2, config.model.projection_dim)}
     kinds = config.data.label_kinds()
     features |= {LABEL + name: torch.eye(2) for name in kinds}
     labels = {name: two if kind == "class" else torch.eye(2) for name, kind in kinds.items()}

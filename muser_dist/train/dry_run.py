@@ -1,7 +1,9 @@
 """What a run would do and need, without doing it: `jobs/pretrain.py RECIPE --dry-run`."""
 
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.pipeline import training_reader
@@ -9,7 +11,7 @@ from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.evaluate.report import SPARE
 from muser_dist.models.weights import report_weights
-from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards
+from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards, load_partners
 
 
 def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
@@ -29,11 +31,13 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     indices = [index_shards(storage, shards[source.name], f"data.{source.name}") for source in sources]
     check_rows(config, indices)
     unkept = replace(config, data=replace(config.data, clip_cache_gib=0.0))  # with data.keep_clips, of a first pass
-    reader = training_reader(unkept, indices, storage)
-    next(reader.read([0]))  # opens shards and starts the decoder
-    start = time.perf_counter()
-    next(reader.read([1 if reader.chunks_per_step > 1 else reader.slots_per_step]))
-    rate = config.train.chunk / (time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        partners = load_partners(config, indices, storage, Path(folder))
+        reader = training_reader(unkept, indices, storage, partners=partners)
+        next(reader.read([0]))  # opens shards and starts the decoder
+        start = time.perf_counter()
+        next(reader.read([1 if reader.chunks_per_step > 1 else reader.slots_per_step]))
+        rate = config.train.chunk / (time.perf_counter() - start)
 
     train, slots, gib = config.train, config.data.decode_slots, 1 << 30
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib

@@ -41,8 +41,18 @@ def batch_health(features: dict[str, Tensor], batch: Batch, pairs: tuple[PairCon
     for name, flags in valid.items():
         sums |= {f"rows/{name}": flags.sum(), f"first/{name}": unit[name].sum(0)}
     for pair in pairs:
-        both = valid[pair.first] & valid[pair.second]
-        distances = (unit[pair.first] - unit[pair.second]).square().sum(1)
+        first, second = unit[pair.first], unit.get(pair.second)
+        both = valid[pair.first] & valid.get(pair.second, valid[pair.first])
+        if pair.of_songs:  # the row's other song
+            other = torch.arange(len(both), device=both.device) ^ 1
+            both = both & both[other]
+            if pair.second == "fused":
+                both = both & valid["text"][other]
+                first, second = first, normalize(features["fused"].float(), dim=1)[other]
+            else:
+                second = first[other]
+        assert second is not None
+        distances = (first - second).square().sum(1)
         key = f"{pair.first}-{pair.second}"
         sums |= {f"rows/{key}": both.sum(), f"distances/{key}": torch.where(both, distances, 0.0).sum()}
     sums = _over_ranks(sums)

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from muser_dist.train.preflight import (
     find_shards,
     load_index,
     load_label_values,
+    load_partners,
     prepare_folder,
 )
 from muser_dist.train.runlog import METRICS, last_line, live_line
@@ -65,7 +67,13 @@ def print_digest(config: RunConfig) -> None:
     indices = [
         index_shards(storage, shards[source.name], f"data.{source.name}") for source in config.data.training_sources()
     ]
-    reader = training_reader(config, indices, storage)
+    with tempfile.TemporaryDirectory() as folder:
+        partners = load_partners(config, indices, storage, Path(folder))
+        reader = training_reader(config, indices, storage, partners=partners)
+        _print_digests(config, reader)
+
+
+def _print_digests(config: RunConfig, reader: ChunkReader) -> None:
     print(f"{plan_digest(reader, config.train.steps)} planned up to step {config.train.steps:,}")
     if (line := last_line(config.folder / METRICS)) is not None:
         print(f"{line['digest']} delivered up to step {line['step']:,} by {config.folder}")
@@ -134,7 +142,7 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     known = known_ids(val_index, storage, config.evaluate.rows) if val_index else None
     check_rows(config, indices)
     config = load_label_values(config, indices, storage)
-    reader = training_reader(config, indices, storage, known)
+    reader = training_reader(config, indices, storage, known, load_partners(config, indices, storage))
     print(f"Run {config.folder}: {describe_plan(config, indices, parameters)}", flush=True)
 
     if (config.folder / MODEL / "config.json").exists():

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from muser_dist.config import RunConfig, differences, from_dict, to_dict
 from muser_dist.data.config import SourceConfig
 from muser_dist.data.labels import find_label_values, with_stand_ins
+from muser_dist.data.partners import Found, Partners, find_partners
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import in_tasks
 from muser_dist.data.storage import Storage, redact
@@ -79,6 +80,8 @@ def check_paths(config: RunConfig) -> None:
         for name, tower in config.model.towers().items()
         if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
     ]
+    paths += [("data.pairs", config.data.pairs)] if config.data.pairs else []
+    paths += [("model.start", config.model.start)] if config.model.start else []
     paths += [("train.checkpoint-storage", config.train.checkpoint_storage)] if config.train.checkpoint_storage else []
     for setting, path in [*paths, ("storage", config.storage)]:
         if "://" not in path and not Path(path).is_absolute():
@@ -193,6 +196,10 @@ LABEL_VALUES = "labels.json"
 """File in the run's folder with the values of the fields that are learned; --data.label-values reads it."""
 
 
+PARTNERS = "partners"
+"""Folder in the run's folder with the pairs of data.pairs as numbers of rows."""
+
+
 def find_shards(config: RunConfig, storage: Storage) -> dict[str, list[str]]:
     """The shards of each training source, and of "val", by name.
 
@@ -262,6 +269,34 @@ def load_label_values(config: RunConfig, indices: list[ShardIndex], storage: Sto
         write_whole(kept, json.dumps(values, ensure_ascii=False, indent=1))
     print("; ".join(f"{name}: {len(of_field)} values" for name, of_field in values.items()), flush=True)
     return replace(config, data=replace(config.data, label_values=values))
+
+
+def load_partners(
+    config: RunConfig, indices: list[ShardIndex], storage: Storage, folder: Path | None = None
+) -> Partners | None:
+    """The partners of all rows, where data.pairs is given; kept in the run's folder so that they never change.
+
+    Args:
+        config, indices, storage: the run and its training shards.
+        folder: where they are kept in place of the run's.
+
+    Raises:
+        DataError: as `find_partners`.
+    """
+    if not config.data.pairs:
+        return None
+    kept = folder or config.folder / PARTNERS
+    record = kept / "found.json"
+    if not (record.exists() and has_begun(config)):
+
+        def progress(done: int, of: int) -> None:
+            if of > 20 and (done == of or done % (of // 20) == 0):
+                print(f"Looking for the songs of data.pairs: {done}/{of} shards", flush=True)
+
+        found = find_partners(config.data.pairs, ShardIndex.join(indices), storage, kept, progress)
+        write_whole(record, json.dumps(asdict(found)))
+    print(f"Pairs: {Found(**json.loads(record.read_text()))}", flush=True)
+    return Partners(kept)
 
 
 def check_rows(config: RunConfig, indices: list[ShardIndex]) -> None:

@@ -68,6 +68,7 @@ def to_device(chunk: Chunk, features: tuple[Feature, ...], device: torch.device)
             move("text_id"),
             move("label_id"),
             labels={name.removeprefix(LABEL): move(name) for name in chunk if name.startswith(LABEL)},
+            liked=move("liked") if "liked" in chunk else None,
         ),
     )
 
