@@ -42,6 +42,8 @@ class TowerConfig(Strict):
     at the start and in weights.json."""
     lr: float | None = None
     """Peak learning rate of this tower and its head; train.lr when not given."""
+    head_lr: float | None = None
+    """Peak learning rate of its head, where it is another one."""
     freeze: bool = False
     """Keeps the tower's weights as they are (dropout off, batch norms with running statistics) and trains its head
     only. It runs forward once, also where chunks are encoded twice."""

@@ -17,15 +17,19 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
     """The optimizer's groups: a learning rate per tower (with its head), no decay on temperatures, biases and norms.
 
     Returns:
-        groups with "params", "lr" (the peak), "weight_decay" and "part" (the tower, "label_heads" or "logits"), in a
-        fixed order.
+        groups with "params", "lr" (the peak), "weight_decay" and "part" (the tower, "label_heads", "fusion" or
+        "logits"), in a fixed order.
     """
     parts: list[tuple[str, nn.Module, float]] = []
     for name, tower in config.model.towers().items():
         lr = tower.lr if tower.lr is not None else config.train.lr
-        parts.append((name, nn.ModuleList([model.towers[name], model.heads[name]]), lr))
-    if model.label_heads is not None:
-        parts.append(("label_heads", model.label_heads, config.train.lr))
+        if tower.head_lr is None:
+            parts.append((name, nn.ModuleList([model.towers[name], model.heads[name]]), lr))
+        else:
+            parts += [(name, model.towers[name], lr), (name, model.heads[name], tower.head_lr)]
+    for name, heads in (("label_heads", model.label_heads), ("fusion", model.fusion)):
+        if heads is not None:
+            parts.append((name, heads, config.train.lr))
     parts.append(("logits", model.logits, config.train.lr))
 
     groups = []
