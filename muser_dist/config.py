@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from muser_dist.data.config import DataConfig, Strict
 from muser_dist.errors import ConfigError, require
-from muser_dist.objectives.config import Feature, ObjectiveConfig
+from muser_dist.objectives.config import WITHOUT_PAIRS, Feature, ObjectiveConfig
 from muser_dist.objectives.config import PairConfig as PairConfig
 from muser_dist.objectives.config import TemperatureConfig as TemperatureConfig
 from muser_dist.train.config import TrainConfig
@@ -30,7 +30,8 @@ MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "text")
 class TowerConfig(Strict):
     build: str
     """Built-in tower ("waveform", "spectrogram", "text", sized by options; "esresnext_fbsp" on raw samples;
-    "hf_waveform", "hf_spectrogram", "hf_text" for networks of Hugging Face) or your own as "package.module:Class"."""
+    "hf_waveform", "hf_spectrogram", "hf_text" for networks of Hugging Face; "htcl_audio", "m3", "features" of HTCL and
+    CLaMP; docs/towers.md) or your own as "package.module:Class"."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the tower's constructor: its sizes. Each tower's docstring lists them."""
     head: bool = True
@@ -80,12 +81,21 @@ class ModelConfig(Strict):
     """Tower that reads the text; None leaves the modality out."""
     projection_dim: int = 128
     """Dimensions of the joint space."""
-    projection_hidden: int = 0
-    """Hidden units of the projection heads; 0 means one linear layer."""
+    projection_hidden: int | tuple[int, ...] = 0
+    """Hidden units of the projection heads, of several layers one number each (HTCL: 384 192); 0 means one linear
+    layer."""
+    projection_activation: Literal["gelu", "relu"] = "gelu"
+    """What stands between the layers of the projection heads."""
 
     def towers(self) -> dict[Modality, TowerConfig]:
         """The towers that the model has, by modality, in the order of MODALITIES."""
         return {name: tower for name in MODALITIES if (tower := getattr(self, name)) is not None}
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Units of each hidden layer of the projection heads."""
+        hidden = self.projection_hidden
+        return hidden if isinstance(hidden, tuple) else (hidden,) if hidden else ()
 
     def with_absolute_weights(self) -> "ModelConfig":
         """The same with whole paths to the weights that towers start with: workers run in other folders."""
@@ -99,6 +109,10 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         require(len(self.towers()) >= 1, "model has no tower; give it one for each modality, such as model.audio")
         require(self.projection_dim >= 1, "model.projection_dim must be at least 1")
+        require(
+            all(units >= 1 for units in self.hidden_layers),
+            "model.projection_hidden: each layer needs at least 1 unit; give 0 alone for heads without hidden layers",
+        )
         for name, tower in self.towers().items():
             require(
                 tower.cache_rows == 0 or name == "text",
@@ -144,8 +158,8 @@ class RunConfig(Strict):
 
     def __post_init__(self) -> None:
         towers = self.model.towers()
-        supervised = self.objective.name == "supervised"
-        used: set[str] = set(towers) if supervised else set()
+        objective = self.objective.name
+        used: set[str] = set(towers) if objective in WITHOUT_PAIRS else set()
         for pair in self.objective.pairs:
             for name in (pair.first, pair.second):
                 tower_name = "audio" if name == "view" else name
@@ -156,17 +170,27 @@ class RunConfig(Strict):
                 )
                 used.add(tower_name)
         require(
-            not supervised or len(towers) == 1,
-            f'objective.name: "supervised" trains one tower, and the model has {", ".join(towers)}; leave one',
+            objective not in WITHOUT_PAIRS or len(towers) == 1,
+            f'objective.name: "{objective}" trains one tower, and the model has {", ".join(towers)}; leave one',
         )
         require(
-            supervised or ":" in self.objective.name or not self.data.label_kinds(),
-            f'data.classes and data.tags are learned by the objective "supervised", not by {self.objective.name!r}; '
+            objective == "supervised" or ":" in objective or not self.data.label_kinds(),
+            f'data.classes and data.tags are learned by the objective "supervised", not by {objective!r}; '
             "take the recipe muser_audio_only, or jobs/finetune.py",
         )
-        for name in towers:
+        for name, tower in towers.items():
+            rewrites = tower.build == "m3_pretraining"
             require(
-                name in used or ":" in self.objective.name,
+                rewrites or ":" in tower.build or objective != "masked_patches",
+                f'objective.name: "masked_patches" trains the tower m3_pretraining, not {tower.build}; give '
+                f"--model.{name}.build m3_pretraining",
+            )
+            require(
+                not rewrites or ":" in objective or objective == "masked_patches",
+                f'model.{name}.build: m3_pretraining is for the objective "masked_patches"; with {objective!r} take m3',
+            )
+            require(
+                name in used or ":" in objective,
                 f"model.{name}: no pair of objective.pairs names it, so it would not be trained; name it in a pair, or "
                 "leave the tower out (None in a recipe)",
             )
@@ -210,7 +234,8 @@ class RunConfig(Strict):
         """Names of flags in a chunk: a row is used when both of any of these are set."""
         pairs = [(pair.first, pair.second) for pair in self.objective.pairs]
         labelled = [(name, "label") for name in self.model.towers() if self.data.label_kinds()]
-        return (*pairs, *labelled)
+        rewritten = [(name, name) for name in self.model.towers() if self.objective.name == "masked_patches"]
+        return (*pairs, *labelled, *rewritten)
 
     @property
     def folder(self) -> Path:

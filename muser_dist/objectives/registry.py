@@ -13,6 +13,7 @@ from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.objectives.debiased import debiased
 from muser_dist.objectives.decoupled import decoupled
+from muser_dist.objectives.masked_patches import masked_patches
 from muser_dist.objectives.muser import muser_code, muser_poster
 from muser_dist.objectives.sigmoid import sigmoid
 from muser_dist.objectives.similarity_weighted import similarity_weighted
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "contrastive": contrastive,
     "debiased": debiased,
     "decoupled": decoupled,
+    "masked_patches": masked_patches,
     "muser_code": muser_code,
     "muser_poster": muser_poster,
     "sigmoid": sigmoid,
