@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from muser_dist.config import ObjectiveConfig
+from muser_dist.errors import require
 from muser_dist.objectives.batch import Batch, Logits, Loss
 from muser_dist.objectives.collectives import sum_over_ranks
 
@@ -18,8 +19,16 @@ def masked_patches(features: dict[str, Tensor], logits: Logits, batch: Batch, co
 
     Returns:
         the rank's share; metric "loss".
+
+    Raises:
+        ConfigError: the tower gives something else.
     """
     ((modality, valid),) = batch.valid.items()
+    require(
+        features[modality].shape[1] == 2,
+        'objective.name: "masked_patches" needs a tower that gives a sum and a count for each row in training, as '
+        f"m3_pretraining does when it is not frozen; model.{modality} gives {features[modality].shape[1]} numbers",
+    )
     sums, counts = features[modality].masked_fill(~valid[:, None], 0.0).unbind(dim=1)
     # float32 does not count beyond 16 million.
     share = sums.sum() / sum_over_ranks(counts.double().sum()).clamp(min=1).to(sums.dtype)

@@ -45,7 +45,8 @@ def check_objective(config: RunConfig) -> None:
     if config.objective.name not in OBJECTIVES:
         return
     pairs, two = len(config.objective.pairs), torch.arange(2)
-    features: dict[str, torch.Tensor] = {name: torch.eye(2, config.model.projection_dim) for name in config.features}
+    dim = config.model.projection_dim if pairs else 2  # masked patches: a sum and a count
+    features: dict[str, torch.Tensor] = {name: torch.eye(2, dim) for name in config.features}
     valid = {name: torch.ones(2, dtype=torch.bool) for name in features}
     kinds = config.data.label_kinds()
     features |= {LABEL + name: torch.eye(2) for name in kinds}
