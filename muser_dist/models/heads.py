@@ -1,7 +1,9 @@
 """What stands between a tower and the loss: pooling, projection, temperature."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,33 +11,55 @@ from torch import Tensor, nn
 from muser_dist.config import ObjectiveConfig
 
 
+def inside(sequence: Tensor, lengths: Tensor) -> Tensor:
+    """Which positions of (rows, positions, ...) are among a row's first `lengths`: (rows, positions) bool."""
+    return torch.arange(sequence.shape[1], device=sequence.device) < lengths[:, None]
+
+
 def masked_mean(sequence: Tensor, lengths: Tensor) -> Tensor:
     """Mean over the first `lengths` positions: (rows, positions, width), (rows,) to (rows, width)."""
-    inside = (torch.arange(sequence.shape[1], device=sequence.device) < lengths[:, None]).to(sequence.dtype)
-    return torch.einsum("rpw,rp->rw", sequence, inside) / inside.sum(dim=1, keepdim=True)
+    weights = inside(sequence, lengths).to(sequence.dtype)
+    return torch.einsum("rpw,rp->rw", sequence, weights) / weights.sum(dim=1, keepdim=True)
+
+
+def _mlp(widths: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:
+    """Linear layers from each width to the next, with an activation between two of them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return layers[:-1]
 
 
 class ProjectionHead(nn.Sequential):
-    """(rows, width) to (rows, dim): one linear layer, or two with a GELU between when `hidden` > 0."""
+    """(rows, width) to (rows, dim): one linear layer without bias, or several with an activation between them.
 
-    def __init__(self, width: int, dim: int, hidden: int) -> None:
+    Args:
+        width: of the tower's output.
+        dim: of the joint space.
+        hidden: units of each hidden layer.
+        activation: "gelu" or "relu".
+    """
+
+    def __init__(self, width: int, dim: int, hidden: Sequence[int], activation: Literal["gelu", "relu"]) -> None:
         if hidden:
-            super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
+            super().__init__(*_mlp([width, *hidden, dim], {"gelu": nn.GELU, "relu": nn.ReLU}[activation]))
         else:
             super().__init__(nn.Linear(width, dim, bias=False))
 
 
 class Fusion(nn.Sequential):
-    """One embedding of a song out of those of its sound and its text, (rows, dim) each: three linear layers of 2·dim,
-    dim and dim units on both side by side, with ReLU between (HTCL, Pan et al. 2025)."""
+    """What a song's sound and its text say together: layers of 2·dim, dim and dim units (HTCL, Pan et al. 2025).
+
+    Args:
+        dim: of the joint space.
+    """
 
     def __init__(self, dim: int) -> None:
-        layers = (nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        super().__init__(*layers)
+        super().__init__(*_mlp([2 * dim, 2 * dim, dim, dim], nn.ReLU))
 
-    def forward(self, sound: Tensor, text: Tensor) -> Tensor:
-        """(rows, dim), not normalised."""
-        return super().forward(torch.cat([sound, text], dim=1))
+    def forward(self, audio: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
+        """The embeddings of the same songs, (rows, dim) each and not normalised, to (rows, dim)."""
+        return super().forward(torch.cat([audio, text], dim=1))
 
 
 class LabelHeads(nn.Linear):

@@ -12,11 +12,14 @@ from muser_dist.data.config import LABEL
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.compiling import compile_tower, compiled
 from muser_dist.models.esresnext import ESResNeXt
+from muser_dist.models.features import FeatureTower
 from muser_dist.models.frozen import FrozenOutputs
 from muser_dist.models.heads import Fusion, LabelHeads, LogitScale, ProjectionHead
+from muser_dist.models.htcl import HTCLAudio
 from muser_dist.models.huggingface import HuggingFaceSpectrogram, HuggingFaceText, HuggingFaceWaveform
 from muser_dist.models.recompute import recompute_activations
 from muser_dist.models.spectrogram import SpectrogramTower
+from muser_dist.models.symbolic import M3, M3Pretraining
 from muser_dist.models.text import TextTower
 from muser_dist.models.waveform import WaveformTower
 from muser_dist.plugins import resolve
@@ -37,6 +40,10 @@ TOWERS: dict[str, Callable[..., nn.Module]] = {
     "hf_waveform": HuggingFaceWaveform,
     "hf_spectrogram": HuggingFaceSpectrogram,
     "hf_text": HuggingFaceText,
+    "htcl_audio": HTCLAudio,
+    "m3": M3,
+    "m3_pretraining": M3Pretraining,
+    "features": FeatureTower,
 }
 
 
@@ -63,7 +70,8 @@ def build_head(modality: str, tower: nn.Module, config: ModelConfig) -> nn.Modul
         ConfigError: nothing, and the tower's output does not have the dimensions of the joint space.
     """
     if config.towers()[modality].head:  # type: ignore[index]
-        return ProjectionHead(tower.width, config.projection_dim, config.projection_hidden)  # type: ignore[arg-type]
+        width: int = tower.width  # type: ignore[assignment]
+        return ProjectionHead(width, config.projection_dim, config.hidden_layers, config.projection_activation)
     require(
         bool(tower.width == config.projection_dim),
         f"model.{modality}: without a head the tower's {tower.width} outputs must be the model.projection_dim "

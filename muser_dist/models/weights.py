@@ -161,7 +161,7 @@ def match_weights(modality: str, tower: nn.Module, source: str) -> tuple[Match, 
     naming, most = "", 0
     for name, renaming in _RENAMINGS.items():
         renamed = renaming(file)
-        for own in ("", "encoder."):
+        for own in ("", "encoder.", "base."):
             here = {key.removeprefix(own): key for key in wanted if key.startswith(own)}
             prefix, fitting = _prefix(renamed, {short: wanted[key].shape for short, key in here.items()})
             if fitting > most:

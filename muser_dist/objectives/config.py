@@ -11,6 +11,9 @@ Feature = Literal["audio", "spectrogram", "text", "view", "partner", "fused"]
 the audio tower and its head embed too; or, where rows come in pairs of songs that listeners like together (data.pairs),
 "partner", the other modality of the pair as the other song has it, and "fused", that song's fusion with its text."""
 
+WITHOUT_PAIRS = ("supervised", "masked_patches")
+"""Objectives that contrast nothing."""
+
 
 @dataclass(frozen=True)
 class PairConfig(Strict):
@@ -59,8 +62,9 @@ class TemperatureConfig(Strict):
 class ObjectiveConfig(Strict):
     name: str = "contrastive"
     """"contrastive" (symmetric InfoNCE), "decoupled", "sigmoid", "debiased", "similarity_weighted", "muser_poster",
-    "muser_code", "supervised" (fields of data.classes and data.tags; one tower and no pairs) (docs/objective.md), or
-    your own objective as "package.module:function"."""
+    "muser_code", "supervised" (fields of data.classes and data.tags; one tower and no pairs), "masked_patches" (of
+    notation; the tower m3_pretraining and no pairs) (docs/objective.md), or your own objective as
+    "package.module:function"."""
     options: dict[str, float] = field(default_factory=dict)
     """Further numbers of the objective, as NAME VALUE: "debiased" takes tau_plus and beta, "similarity_weighted"
     kappa."""
@@ -95,11 +99,11 @@ class ObjectiveConfig(Strict):
 
     def __post_init__(self) -> None:
         require(
-            self.name != "supervised" or not self.pairs,
-            'objective.name: "supervised" contrasts nothing; take a recipe without pairs, such as muser_audio_only',
+            self.name not in WITHOUT_PAIRS or not self.pairs,
+            f'objective.name: "{self.name}" contrasts nothing; take a recipe without pairs, such as muser_audio_only',
         )
         require(
-            len(self.pairs) > 0 or self.name == "supervised" or ":" in self.name,
+            len(self.pairs) > 0 or self.name in WITHOUT_PAIRS or ":" in self.name,
             "objective.pairs is empty; name at least one pair of modalities",
         )
         require(

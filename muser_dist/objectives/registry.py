@@ -13,6 +13,7 @@ from muser_dist.objectives.batch import Batch, Logits, Loss, Objective
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.objectives.debiased import debiased
 from muser_dist.objectives.decoupled import decoupled
+from muser_dist.objectives.masked_patches import masked_patches
 from muser_dist.objectives.muser import muser_code, muser_poster
 from muser_dist.objectives.sigmoid import sigmoid
 from muser_dist.objectives.similarity_weighted import similarity_weighted
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "contrastive": contrastive,
     "debiased": debiased,
     "decoupled": decoupled,
+    "masked_patches": masked_patches,
     "muser_code": muser_code,
     "muser_poster": muser_poster,
     "sigmoid": sigmoid,
@@ -43,7 +45,8 @@ def check_objective(config: RunConfig) -> None:
     if config.objective.name not in OBJECTIVES:
         return
     pairs, two = len(config.objective.pairs), torch.arange(2)
-    features: dict[str, torch.Tensor] = {name: torch.eye(2, config.model.projection_dim) for name in config.features}
+    dim = config.model.projection_dim if pairs else 2  # masked patches: a sum and a count
+    features: dict[str, torch.Tensor] = {name: torch.eye(2, dim) for name in config.features}
     valid = {name: torch.ones(2, dtype=torch.bool) for name in features}
     features |= {"fused": torch.eye(2, config.model.projection_dim)}
     kinds = config.data.label_kinds()

@@ -1,4 +1,5 @@
-"""Towers of Hugging Face: every parameter trained, rows apart, padding unseen, in every way that training runs them."""
+"""Towers of Hugging Face and of published systems: every parameter trained, rows apart, padding unseen, in every way
+that training runs them."""
 
 import json
 from dataclasses import replace
@@ -49,6 +50,11 @@ TOWERS: dict[str, tuple[str, str, dict]] = {
     "WavLM": ("audio", "hf_waveform", {"model": {"model_type": "wavlm"} | SPEECH}),
     "AST": ("spectrogram", "hf_spectrogram", {"model": {"model_type": "audio-spectrogram-transformer"} | BODY} | MELS),
     "HTS-AT": ("spectrogram", "hf_spectrogram", {"model": HTSAT} | MELS),
+    "HTCL": (
+        "spectrogram",
+        "htcl_audio",
+        {"width": 16, "depth": 2, "heads": 2, "channels": 8, "dropout": 0.3} | MELS,
+    ),
     "CLIP ResNet": ("spectrogram", "spectrogram", {"model": "resnet10t", "outputs": 12} | MELS),
     "ESResNeXt": (
         "audio",
@@ -92,7 +98,7 @@ def test_padding_of_texts_is_not_seen(name):
     torch.testing.assert_close(model.encode("text", batch), before)
 
 
-@pytest.mark.parametrize("name", ["BERT", "CLIP text", "HuBERT", "AST", "HTS-AT", "CLIP ResNet", "ESResNeXt"])
+@pytest.mark.parametrize("name", ["BERT", "CLIP text", "HuBERT", "AST", "HTS-AT", "HTCL", "CLIP ResNet", "ESResNeXt"])
 def test_gradients_cached_and_recomputed_are_those_of_one_encoding(name):
     (value, got), (exact, want) = plain(recomputed(config_with(name))), plain(config_with(name, cache_gradients=False))
     assert value == pytest.approx(exact, rel=1e-5)
