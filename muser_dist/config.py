@@ -78,17 +78,12 @@ class RunConfig(Strict):
                 used.add(tower_name)
         of_songs = any(pair.of_songs for pair in self.objective.pairs)
         require(
-            not of_songs or bool(self.data.pairs),
-            "objective.pairs names partner or fused, of songs that listeners like together; give --data.pairs "
-            "PAIRS.parquet, which jobs/mine_pairs.py makes of a log",
-        )
-        require(
             of_songs or not self.data.pairs or ":" in self.objective.name,
             "data.pairs: no pair of objective.pairs names partner or fused, so nothing would learn of it; leave it out",
         )
         require(
-            not self.data.pairs or self.train.chunk % 2 == 0,
-            f"data.pairs: the songs of a pair share a chunk, so train.chunk must be even, not {self.train.chunk}",
+            not of_songs or self.train.chunk % 2 == 0,
+            f"objective.pairs: two songs of a pair share a chunk, so train.chunk must be even, not {self.train.chunk}",
         )
         require(
             objective not in WITHOUT_PAIRS or len(towers) == 1,

@@ -7,6 +7,7 @@ from muser_dist.config import RunConfig, Stages
 from muser_dist.errors import ConfigError
 from muser_dist.plugins import resolve
 from muser_dist.recipes.clmr import clmr
+from muser_dist.recipes.htcl import htcl
 from muser_dist.recipes.muser import muser, muser_audio_text, muser_code, muser_paper
 from muser_dist.recipes.muser_audio_only import muser_audio_only
 from muser_dist.recipes.tiny import tiny
@@ -25,6 +26,8 @@ RECIPES: dict[str, Callable[[], RunConfig | Stages]] = {
     "muser_code": muser_code,
     "muser_audio_only": muser_audio_only,
     "clmr": clmr,
+    "htcl": htcl,
+    "htcl_tiny": partial(htcl, "tiny"),
 }
 
 

@@ -49,6 +49,11 @@ def check_settings(config: RunConfig) -> int:
             'objective.name: "supervised" has nothing to learn; name metadata fields: --data.classes genre, with one '
             "value a row, or --data.tags tags, with lists of values"
         )
+    if not config.data.pairs and any(pair.of_songs for pair in config.objective.pairs):
+        raise ConfigError(
+            "objective.pairs names partner or fused, of songs that listeners like together; give --data.pairs "
+            "PAIRS.parquet, which jobs/mine_pairs.py makes of a log"
+        )
     config = replace(config, data=with_stand_ins(config.data))  # their values are found when the data is looked at
     check_objective(config)
     check_trackers(config.train.trackers)

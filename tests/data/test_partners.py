@@ -15,6 +15,7 @@ from muser_dist.data.partners import Found, Partners, find_partners
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.plan import Plan
 from muser_dist.errors import ConfigError, DataError
+from muser_dist.train.preflight import check_settings
 from tests.shardmaker import sample, write_shard, write_shards
 from tests.small import LOCAL, index_of, small_config
 
@@ -133,7 +134,7 @@ def test_chunks_hold_a_song_beside_its_partner_with_flags_of_the_other(tmp_path)
 def test_what_pairs_need_is_said_before_anything_starts():
     of_songs = {"objective": ObjectiveConfig(pairs=SONGS), "model": MODEL}
     with pytest.raises(ConfigError, match=r"give --data.pairs PAIRS.parquet"):
-        small_config(**of_songs)
+        check_settings(small_config(**of_songs))
     with pytest.raises(ConfigError, match=r"data.pairs: no pair of objective.pairs names partner or fused"):
         small_config(data={"pairs": "pairs.parquet"})
     with pytest.raises(ConfigError, match=r"train.chunk must be even, not 3"):
