@@ -15,7 +15,6 @@ from muser_dist.evaluate.formats import interval, number, share, table
 from muser_dist.evaluate.recommend import (
     CANDIDATES,
     QUERIES,
-    Candidates,
     Interactions,
     Query,
     Scorer,
@@ -29,12 +28,13 @@ from muser_dist.evaluate.recommend import (
 if TYPE_CHECKING:
     from muser_dist.data.corpora.tastes import Truth
 
-RANDOM, POPULARITY, CO_OCCURRENCE, FACTORISATION, ORACLE = BASELINES = (
+RANDOM, POPULARITY, CO_OCCURRENCE, FACTORISATION, ORACLE, BOUND = BASELINES = (
     "random",
     "popularity",
     "co-occurrence",
     "matrix factorisation",
     "oracle",
+    "oracle with popularity",
 )
 
 
@@ -57,9 +57,9 @@ def recommendation(
     Args:
         log, validation, cold: as of `Interactions.of`.
         tables: by name of a model, (D,) embeddings by item; of each table all have the same D.
-        truth: of simulated listeners; adds the oracle.
-        base: table that the others are compared with: how much of the way from it to the oracle does each go in NDCG at
-            the first k? The first table by default.
+        truth: of simulated listeners; adds the oracles.
+        base: table that the others are compared with: on cold items, how much of the way from it to the oracle does
+            each go in NDCG at the first k? The first table by default.
         ks: of HR@k, NDCG@k, coverage@k and popularity_lift@k.
         seed: of the random order and of matrix factorisation.
         progress: called with (scorers measured, scorers).
@@ -68,9 +68,9 @@ def recommendation(
         JSON values. `simulated`: what the log's metadata say of its making, None for a log of people. `counts`: see
         `Interactions`, and `items_not_in_all_tables`. `rows`: for each scorer, query and set of candidates what
         `summarise` returns, with `method`, `query` and `candidates_are`. Popularity, the random order, matrix
-        factorisation and the oracle rank by user; they are listed under "history". `gap_closed`: the same keys with
-        `metric`, `base`, `value` and `interval` for all other tables, if there is a truth. `left_out`: baselines that
-        were not computed, with the reason.
+        factorisation and the oracle rank by user; they are listed under "history". `gap_closed`: for all other
+        tables and each query `method`, `query`, `metric`, `base`, `value` and `interval`, if there is a truth and cold
+        items were asked for. `left_out`: baselines that were not computed, with the reason.
 
     Raises:
         DataError: there is no table, no common item or no user who can be asked; an embedding has another shape than
@@ -98,7 +98,7 @@ def recommendation(
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     figure = f"NDCG@{ks[0]}"
-    per_user: dict[tuple[str, Query, Candidates], np.ndarray] = {}
+    on_cold: dict[tuple[str, Query], np.ndarray] = {}
     for done, (name, query, make) in enumerate(scorers, start=1):
         try:
             scorer = make()
@@ -108,7 +108,8 @@ def recommendation(
         for which, measured in measure(data, scorer, ks, name).items():
             labels = {"method": name, "query": query, "candidates_are": which}
             rows.append(labels | summarise(data, measured, which, ks))
-            per_user[name, query, which] = measured.metrics[:, metric_names(ks).index(figure)]
+            if which == "cold":
+                on_cold[name, query] = measured.metrics[:, metric_names(ks).index(figure)]
         if progress is not None:
             progress(done, len(scorers))
     note = (log.schema.metadata or {}).get(SIMULATED)
@@ -116,7 +117,7 @@ def recommendation(
         "simulated": None if note is None else json.loads(note),
         "counts": data.counts | {"items_not_in_all_tables": len(set().union(*tables.values())) - len(items)},
         "rows": rows,
-        "gap_closed": [] if truth is None else _gaps(per_user, [name for name in tables if name != base], base, figure),
+        "gap_closed": [] if truth is None else _gaps(on_cold, [name for name in tables if name != base], base, figure),
         "left_out": left_out,
     }
 
@@ -145,7 +146,7 @@ def describe_recommendation(result: Mapping[str, Any]) -> str:
                 parts.append([f"by {query}, {which} items ({who})", *table(["", *columns], lines)])
     gaps = [
         [
-            f"{gap['method']}, by {gap['query']}, {gap['candidates_are']} items",
+            f"{gap['method']}, by {gap['query']}",
             _signed(gap["value"]),
             interval(gap["interval"]),
         ]
@@ -154,7 +155,14 @@ def describe_recommendation(result: Mapping[str, Any]) -> str:
     if gaps:
         first = result["gap_closed"][0]
         parts.append(
-            table([f"{first['metric']}: of the way from {first['base']} to the oracle", "", "95 % interval"], gaps)
+            table(
+                [
+                    f"{first['metric']} of cold items, of the way from {first['base']} to the oracle",
+                    "",
+                    "95 % interval",
+                ],
+                gaps,
+            )
         )
     parts.append([f"not computed: {name} ({reason})" for name, reason in result["left_out"].items()])
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -178,6 +186,7 @@ def _scorers(
         yield name, "history", partial(from_embeddings, array, by_history)
     if truth is not None:
         yield ORACLE, "history", lambda: baselines.oracle(data, truth)
+        yield BOUND, "history", lambda: baselines.oracle(data, truth, popularity=True)
     yield CO_OCCURRENCE, "last item", lambda: baselines.co_occurrence(data, by_last)
     for name, array in arrays.items():
         yield name, "last item", partial(from_embeddings, array, by_last)
@@ -198,13 +207,12 @@ def _stack(name: str, of: Mapping[str, np.ndarray], items: Sequence[str]) -> np.
 
 
 def _gaps(
-    per_user: Mapping[tuple[str, Query, Candidates], np.ndarray], names: Sequence[str], base: str, figure: str
+    on_cold: Mapping[tuple[str, Query], np.ndarray], names: Sequence[str], base: str, figure: str
 ) -> list[dict[str, Any]]:
     return [
-        {"method": name, "query": query, "candidates_are": which, "metric": figure, "base": base}
-        | gap_closed(per_user[name, query, which], per_user[base, query, which], per_user[ORACLE, "history", which])
+        {"method": name, "query": query, "metric": figure, "base": base}
+        | gap_closed(on_cold[name, query], on_cold[base, query], on_cold[ORACLE, "history"])
         for name in names
         for query in QUERIES
-        for which in CANDIDATES
-        if len(per_user[name, query, which])
+        if len(on_cold[name, query])
     ]

@@ -41,15 +41,17 @@ def test_co_occurrence_is_the_cosine_of_columns(query):
 def test_matrix_factorisation_finds_the_blocks_of_a_matrix():
     """Users take items of their own kind; it ranks those of it that they have not met above others."""
     rng = np.random.default_rng(0)
-    users, items = 200, 160
+    users, items = 100, 60
     pairs = [(u, i) for u in range(users) for i in range(items) if u % 2 == i % 2 and rng.random() < 0.4]
     log = log_of([(f"u{u}", f"i{i}", 0, "play", False) for u, i in pairs])
     data = Interactions.of(*log, [*(f"i{i}" for i in range(items)), "new"], {"new"})
     scores = baselines.matrix_factorisation(data)(np.arange(users))
     assert not scores[:, items].any()  # of the cold item it knows nothing
+    ordered = []
     for name, row, met in zip(data.users, scores[:, :items], data.seen.toarray()[:, :items], strict=True):
         own = np.arange(items) % 2 == int(name[1:]) % 2
-        assert roc_auc_score(own[~met], row[~met]) > 0.9
+        ordered.append(roc_auc_score(own[~met], row[~met]))
+    assert np.mean(ordered) > 0.95
     np.testing.assert_array_equal(scores, baselines.matrix_factorisation(data)(np.arange(users)))
 
 
