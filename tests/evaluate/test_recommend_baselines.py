@@ -51,7 +51,7 @@ def test_matrix_factorisation_finds_the_blocks_of_a_matrix():
     for name, row, met in zip(data.users, scores[:, :items], data.seen.toarray()[:, :items], strict=True):
         own = np.arange(items) % 2 == int(name[1:]) % 2
         ordered.append(roc_auc_score(own[~met], row[~met]))
-    assert np.mean(ordered) > 0.95
+    assert np.mean(ordered) > 0.85
     np.testing.assert_array_equal(scores, baselines.matrix_factorisation(data)(np.arange(users)))
 
 
