@@ -47,7 +47,7 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 """From (u,) places of users to (u, items) scores, finite, at most LARGEST in size; the higher, the sooner."""
 
 LARGEST = 1e6
-"""Bound of scores: with more, a float64 could not tell steps of TIE apart for long."""
+"""Bound of scores: multiples of TIE below it, times nine million items, fit into int64."""
 
 _REFUSED = "skip"  # the signal of an item that was met and not taken
 _BLOCK_SCORES = 1 << 21  # scores held at a time
