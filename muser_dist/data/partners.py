@@ -116,7 +116,8 @@ def find_partners(
     Needs about 100 bytes of memory for each sample and for each pair.
 
     Args:
-        path: Parquet with COLUMNS, a file or a folder of them. Pairs that it holds twice count with both weights.
+        path: Parquet with COLUMNS, a file or a folder of them; where they have a column "split", pairs that it calls
+            "train". Pairs that it holds twice count with both weights.
         index, storage: the training shards, whose headers are read.
         folder: of the run's; made.
         progress: called with (shards done, shards).
@@ -126,7 +127,9 @@ def find_partners(
     """
     setting = f"data.pairs: {path}"
     try:
-        table = pyarrow.dataset.dataset(path, format="parquet").to_table(columns=list(COLUMNS))
+        pairs = pyarrow.dataset.dataset(path, format="parquet")
+        of_training = pc.field("split") == "train" if "split" in pairs.schema.names else None
+        table = pairs.to_table(columns=list(COLUMNS), filter=of_training)
         table = table.cast(pa.schema([("trigger", pa.string()), ("item", pa.string()), ("weight", pa.float64())]))
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]

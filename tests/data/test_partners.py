@@ -62,6 +62,15 @@ def test_every_pair_is_counted(tmp_path):
     assert drawn.count(2) == 600 and drawn.count(1) == 400
 
 
+def test_pairs_that_are_held_out_are_not_trained_on(tmp_path):
+    index = index_of(write_shards(tmp_path / "shards", [3]))
+    names = [f"piece{i:05d}" for i in range(3)]
+    columns = {"trigger": names, "item": names[1:] + names[:1], "weight": [1.0] * 3, "split": ["train", "val", "test"]}
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    found = find_partners(str(tmp_path / "pairs.parquet"), index, LOCAL, tmp_path / "p", silent)
+    assert (found.pairs, found.triggers, found.unknown) == (1, 1, 0)
+
+
 def test_files_that_are_no_pairs_say_so(tmp_path):
     index = index_of(write_shards(tmp_path / "shards", [3]))
     with pytest.raises(DataError, match=r"data.pairs: .*none.parquet"):
