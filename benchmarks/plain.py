@@ -1,17 +1,22 @@
 """A run in one process without Ray: what benchmarks of quality train with, several at a time on a small machine."""
 
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from muser_dist.config import RunConfig
 from muser_dist.data.labels import find_label_values
+from muser_dist.data.partners import Partners, find_partners
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.models.model import MultimodalModel
+from muser_dist.models.weights import load_weights
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.engine import PlainEngine
 from muser_dist.train.optimizer import lr_factor
@@ -37,8 +42,15 @@ def train(
             config, data=replace(config.data, label_values=find_label_values(config.data, [index], storage))
         )
     model = MultimodalModel(config)
+    load_weights(model, config)
     engine, objective = PlainEngine(model, config, device), load_objective(config.objective)
-    for step, chunks in enumerate(_steps(config, training_reader(config, [index], storage).read)):
+    partners = None
+    if config.data.pairs:
+        folder = Path(tempfile.mkdtemp())
+        found = find_partners(config.data.pairs, index, storage, folder, lambda done, of: None)
+        print(found, file=sys.stderr, flush=True)
+        partners = Partners(folder)
+    for step, chunks in enumerate(_steps(config, training_reader(config, [index], storage, partners=partners).read)):
         mine = [to_device(chunk, config.features, device) for chunk in chunks]
         made = train_step(
             engine, objective, config, mine, lr_factor((step + 1) * config.train.global_batch, config.train)

@@ -1,0 +1,186 @@
+"""HTCL on real clips with simulated listeners: what the second stage adds for songs nobody has heard, and what it costs.
+
+python benchmarks/htcl_table.py --data $PDTUNES --work FOLDER --json OUT.json        writes OUT.md beside it
+
+Makes the log (jobs/make_listeners.py with its defaults) and its pairs (jobs/mine_pairs.py), trains the recipe htcl_tiny
+with several seeds, the second stage also without L1, without L3, and with liked songs left out of the negatives; and
+scores songs that have no interaction in training. Runs are processes of one thread, as many at a time as --processes.
+What is done lies in --work: the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from htcl_table_page import page
+from record import provenance, say, write
+
+from muser_dist.config import EvaluateConfig, RunConfig, Stages
+from muser_dist.data.corpora.listeners import LOG, SIMULATED, TRUTH
+from muser_dist.data.corpora.tastes import Truth
+from muser_dist.evaluate.recommend_table import recommendation
+from muser_dist.recipes import find_recipe
+
+FIELDS = ("type", "meter", "mode", "instrument")
+TEMPLATES = (
+    "A song of {type}, played on the {instrument}, in {meter} time, in a {mode} key",
+    "{instrument}, {type}, {mode}, {meter}",
+    "{caption}",
+)
+STAGE_1, STAGE_2 = "stage 1", "stage 2"
+ABLATIONS = ("stage 2 without L1", "stage 2 without L3", "stage 2, liked songs no negatives")
+ROOT = Path(__file__).parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains and scores what is missing, and writes the JSON and the page."""
+    options = _options(argv)
+    if options.run:
+        from muser_table_run import run
+
+        variant, seed = options.run
+        run(config_of(options, variant, int(seed)), variant, folder_of(options, variant, int(seed)))
+        return
+    _make_pairs(options)
+    seeds = range(options.seeds)
+    for variants in ((STAGE_1,), (STAGE_2, *ABLATIONS)):  # the second from the first
+        jobs = [(variant, seed) for variant in variants for seed in seeds]
+        with ThreadPoolExecutor(options.processes) as pool:
+            list(pool.map(lambda job: _start(options, *job), jobs))
+    given = sys.argv[1:] if argv is None else argv
+    words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
+    results = provenance("benchmarks/htcl_table.py", words, ("torch", "transformers", "implicit", "numpy"))
+    results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch}
+    results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
+    results["rows"] = [
+        json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
+        for variant in (STAGE_1, STAGE_2, *ABLATIONS)
+        for seed in seeds
+    ]
+    results["recommendation"] = [_recommend(options, seed) for seed in seeds]
+    write(options.json, results, page(results, options.json.name))
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of PDTunes-Audio's shards")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the log, models and scores, which are kept")
+    parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--samples", type=int, default=32_768, help="that each stage trains on")
+    parser.add_argument("--global-batch", type=int, default=128)
+    parser.add_argument("--listeners", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    options.given = list(sys.argv[1:] if argv is None else argv)
+    options.work = options.work.absolute()
+    return options
+
+
+def folder_of(options: argparse.Namespace, variant: str, seed: int) -> Path:
+    """What a run leaves behind; other budgets have other folders."""
+    name = variant.replace(" ", "-").replace(",", "")
+    return options.work / f"{name}-{options.samples}-{options.global_batch}-{seed}"
+
+
+def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
+    """A stage of htcl_tiny on this corpus."""
+    recipe = find_recipe("htcl_tiny")
+    assert isinstance(recipe, Stages)
+    base = recipe.stages[0 if variant == STAGE_1 else 1].config
+    model, objective = base.model, base.objective
+    data = replace(
+        base.data,
+        train=(f"{options.data}/pdtunes-train-*.tar",),
+        val=(f"{options.data}/pdtunes-val-*.tar",),
+        templates=TEMPLATES,
+        keep_clips=True,
+        cache_folder=str(options.work / "clips"),
+    )
+    if variant != STAGE_1:
+        data = replace(data, pairs=str(options.work / "pairs" / "pairs"))
+        model = replace(model, start=str(folder_of(options, STAGE_1, seed)))
+        semantic, partner, fused = objective.pairs
+        pairs = {ABLATIONS[0]: (partner, fused), ABLATIONS[1]: (semantic, partner)}.get(variant, objective.pairs)
+        objective = replace(objective, pairs=pairs, exclude_liked=variant == ABLATIONS[2])
+    return replace(
+        base,
+        name=variant,
+        seed=seed,
+        data=data,
+        model=model,
+        objective=objective,
+        train=replace(
+            base.train,
+            workers=1,
+            samples=options.samples // options.global_batch * options.global_batch,
+            warmup_samples=options.samples // 16,
+            global_batch=options.global_batch,
+            chunk=options.global_batch,
+        ),
+        evaluate=EvaluateConfig(fields=FIELDS),
+    )
+
+
+def _make_pairs(options: argparse.Namespace) -> None:
+    """The log of simulated listeners, and the pairs of songs that its training part holds."""
+    log, pairs = options.work / LOG, options.work / "pairs"
+    shards = [f"{options.data}/pdtunes-train-*.tar", f"{options.data}/pdtunes-val-*.tar"]
+    number = ["--listeners", str(options.listeners)]
+    if not log.exists():
+        _job("make_listeners.py", "--shards", *shards, "--out", str(options.work), *number)
+    if not (pairs / "summary.json").exists():
+        start = json.loads(pq.read_schema(log).metadata[SIMULATED])["test_start"]
+        rule = ["--mining.rule", "explicit", "--mining.triggers", "play", "--mining.signals", "like"]
+        _job("mine_pairs.py", str(log), "--layout", "events", "--out", str(pairs), *rule, "--split.val-from", str(start))
+
+
+def _job(name: str, *arguments: str) -> None:
+    say(f"jobs/{name} ...")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    subprocess.run([sys.executable, str(ROOT / "jobs" / name), *arguments], check=True, env=environment)
+
+
+def _start(options: argparse.Namespace, variant: str, seed: int) -> None:
+    folder = folder_of(options, variant, seed)
+    if (folder / "scores.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, *options.given, "--run", variant, str(seed)]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
+    say(f"{variant}, seed {seed}: done")
+
+
+def _recommend(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The table of recommendations of one seed's models."""
+    log = pq.read_table(options.work / LOG)
+    truth = Truth.load(options.work / TRUTH)
+    start = json.loads(log.schema.metadata[SIMULATED])["test_start"]
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for variant in (STAGE_1, STAGE_2, *ABLATIONS):
+        with np.load(folder_of(options, variant, seed) / "embeddings.npz", allow_pickle=False) as kept:
+            for modality in ("spectrogram", "text"):
+                if modality == "spectrogram" or variant == STAGE_1:
+                    name = variant if modality == "spectrogram" else "text only"
+                    there = kept[f"valid_{modality}"]
+                    tables[name] = dict(zip(kept["keys"][there].tolist(), kept[modality][there], strict=True))
+    held_out = log["time"].to_numpy() >= start
+    cold = {item for item, is_cold in zip(truth.items, truth.cold, strict=True) if is_cold}
+    return recommendation(log, held_out, cold, tables, truth=truth, base=STAGE_1, seed=seed)
+
+
+if __name__ == "__main__":
+    main()
