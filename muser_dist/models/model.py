@@ -28,10 +28,11 @@ AUXILIARY = "loss/"
 """Of what a model puts out, names of towers' own losses begin so; MODALITY/NAME follows."""
 
 # A tower is an nn.Module that is built from the data config and its options, has `width`, and
-# maps a batch to (rows, width). It must treat rows apart from each other and draw its random
-# numbers from torch's global generator, which is seeded before each call. It may have
-# `auxiliary_losses`, which returns scalars by name that depend on its parameters alone and are added
-# to the loss; and `own_head`, the prefix of its last layer's weights.
+# maps a batch to (rows, width); in training for the objective "masked_patches", to what that one
+# sums. It must treat rows apart from each other and draw its random numbers from torch's global
+# generator, which is seeded before each call. It may have `auxiliary_losses`, which returns scalars
+# by name that depend on its parameters alone and are added to the loss; and `own_head`, the prefix
+# of its last layer's weights.
 TOWERS: dict[str, Callable[..., nn.Module]] = {
     "waveform": WaveformTower,
     "spectrogram": SpectrogramTower,

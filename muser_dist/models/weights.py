@@ -296,8 +296,40 @@ def _clip_text(file: dict[str, Tensor]) -> Renamed:
     )(file).items():
         if new == "text_projection":
             out["projection.weight"] = old, tensor.T
-        elif found := re.fullmatch(r"(.*)\.in_proj_(weight|bias)", new):
-            for part, name in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
+        else:
+            out[new] = old, tensor
+    return _apart(out, ("q_proj", "k_proj", "v_proj"))
+
+
+def _htcl(file: dict[str, Tensor]) -> Renamed:
+    """HTCL's released audio encoder, whose layers are torch's, to BERT's."""
+    renamed = _by(
+        (r"\bfeature_extractor\.layers\.(\d)\.1\.", r"convolutions.\1.convolution."),
+        (r"\bfeature_extractor\.layers\.(\d)\.3\.", r"convolutions.\1.norm."),
+        (r"\bfeature_projection\.layer_norm\.", "projection.0."),
+        (r"\bfeature_projection\.projection\.", "projection.1."),
+        (r"\bpos_conv_embed\.conv\.", "position.convolution."),
+        (r"\bpos_conv_embed\.layer_norm\.", "position.norm."),
+        (r"\blayer_norm\.", "norm."),
+        (r"\bcls_token$", "cls"),
+        (r"\btransformer_encoder\.layers\.", "transformer.layer."),
+        (r"\bself_attn\.out_proj\.", "attention.output.dense."),
+        (r"\bself_attn\.in_proj_", "attention.self.in_proj_"),
+        (r"\bnorm1\.", "attention.output.LayerNorm."),
+        (r"\blinear1\.", "intermediate.dense."),
+        (r"\blinear2\.", "output.dense."),
+        (r"\bnorm2\.", "output.LayerNorm."),
+    )(file)
+    flat = {new: (old, x.flatten() if new.endswith("cls") else x) for new, (old, x) in renamed.items()}
+    return _apart(flat, ("query", "key", "value"))
+
+
+def _apart(file: Renamed, names: tuple[str, str, str]) -> Renamed:
+    """Three projections for torch's one matrix of attention."""
+    out: Renamed = {}
+    for new, (old, tensor) in file.items():
+        if found := re.fullmatch(r"(.*)\.in_proj_(weight|bias)", new):
+            for part, name in zip(tensor.chunk(3), names, strict=True):
                 out[f"{found[1]}.{name}.{found[2]}"] = old, part
         else:
             out[new] = old, tensor
@@ -317,6 +349,7 @@ _RENAMINGS: dict[str, Callable[[dict[str, Tensor]], Renamed]] = {
     # A norm and its activation are one module there; features alone come from a network without its nested lists.
     "timm's names": _by((r"\.bn\.(?=\w+$)", ".bn.0."), (r"\b(stem|stages)\.(?=\d)", r"\1_")),
     "CLIP's names": _clip_text,
+    "HTCL's names": _htcl,
     "CLIP's names of its image network": _by(
         (r"(^|\.)conv(\d)\.(?=\w+$)", r"\1stem.conv\2.conv."),
         (r"(^|\.)bn(\d)\.(?=\w+$)", r"\1stem.conv\2.bn.0."),

@@ -194,6 +194,11 @@ def test_gradients_cached_and_recomputed_are_those_of_one_encoding():
     assert max(errors(got, {name: g.double() for name, g in want.items()}).values()) <= TOLERANCE
 
 
+def test_in_bf16_the_loss_is_about_the_same_and_float32():
+    exact, rough = (plain(pretraining(1, 2, precision=precision))[0] for precision in ("fp32", "bf16"))
+    assert rough != exact and rough == pytest.approx(exact, rel=0.02)
+
+
 def test_the_weights_of_pretraining_start_an_encoder(tmp_path):
     model = MultimodalModel(pretraining(1, 1))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
