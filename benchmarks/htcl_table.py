@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of PDTunes-Audio's shards")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the log, models and scores, which are kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder for log, models and scores, which are kept")
     parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--samples", type=int, default=32_768, help="that each stage trains on")
@@ -142,12 +142,14 @@ def _make_pairs(options: argparse.Namespace) -> None:
     if not (pairs / "summary.json").exists():
         start = json.loads(pq.read_schema(log).metadata[SIMULATED])["test_start"]
         rule = ["--mining.rule", "explicit", "--mining.triggers", "play", "--mining.signals", "like"]
-        _job("mine_pairs.py", str(log), "--layout", "events", "--out", str(pairs), *rule, "--split.val-from", str(start))
+        split = ["--split.val-from", str(start)]
+        _job("mine_pairs.py", str(log), "--layout", "events", "--out", str(pairs), *rule, *split)
 
 
 def _job(name: str, *arguments: str) -> None:
     say(f"jobs/{name} ...")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     subprocess.run([sys.executable, str(ROOT / "jobs" / name), *arguments], check=True, env=environment)
 
 

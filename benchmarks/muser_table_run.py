@@ -17,7 +17,7 @@ from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import LogMel
 from muser_dist.data.storage import Storage
 from muser_dist.evaluate.comparison import PerRow, save_rows
-from muser_dist.evaluate.embedding import embed
+from muser_dist.evaluate.embedding import Embedded, embed
 from muser_dist.evaluate.evaluator import Probing, score
 from muser_dist.evaluate.fields import read_labels
 from muser_dist.evaluate.probes import probe
@@ -60,12 +60,19 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     per_row: PerRow = {}
     scores = score(muser, config, test, fitted, Probing(on="tower", kinds=("linear",), seeds=5), per_row)
     save_rows(folder / "rows.npz", per_row)
+    save_embeddings(folder / "embeddings.npz", Embedded.join([fitted, test]))
     if recipe == "untrained":
         (folder / "floor.json").write_text(json.dumps(floor(config, val_index, train_index, storage)))
     known = {"recipe": recipe, "seed": config.seed, "seconds": round(seconds, 1)}
     curve_path = folder / "curve.json"
     known["curve"] = json.loads(curve_path.read_text()) if curve_path.exists() else []
     (folder / "scores.json").write_text(json.dumps(known | scores))
+
+
+def save_embeddings(path: Path, rows: Embedded) -> None:
+    """Keys, and for each modality (n, D) in the joint space and which of them are there."""
+    flags = {f"valid_{name}": there for name, there in rows.valid.items()}
+    np.savez(path, keys=np.array(rows.keys), **rows.joint, **flags)
 
 
 def floor(config: RunConfig, test: ShardIndex, train: ShardIndex, storage: Storage) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""The page of htcl_table.py."""
+
+import statistics
+from typing import Any
+
+from record import head, table
+
+_QUERY = "history"
+
+
+def page(results: dict[str, Any], name: str) -> str:
+    """The results in Markdown."""
+    seeds = results["recommendation"]
+    counts = seeds[0]["counts"]
+    minutes = sum(row["seconds"] for row in results["rows"]) / 60
+    parts = [
+        head("HTCL with simulated listeners", results, name),
+        f"**{seeds[0]['simulated']['note']}** Each stage trains on {results['samples']:,} clips in steps of "
+        f"{results['global_batch']}, {len(seeds)} seeds; {minutes:.0f} minutes of training and embedding in all, one "
+        "thread each. Figures are means over seeds, with the least and the greatest. A user is the mean of the clips "
+        "taken in training; candidates are cold: clips without any interaction before the test period. Counts of the "
+        f"log: {', '.join(f'{name.replace("_", " ")} {number:,}' for name, number in counts.items())}.",
+        "## Recommendation of cold clips",
+        _recommendation(seeds, "cold"),
+        "## How much of the way from stage 1 to the oracle, in NDCG@10 on cold clips",
+        _gaps(seeds),
+        "## Warm clips, for comparison",
+        _recommendation(seeds, "warm"),
+        "## Is the semantic space preserved?",
+        _semantics(results["rows"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean, and least to greatest of several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.3f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.3f} to {max(known):.3f})"
+
+
+def _recommendation(seeds: list[dict[str, Any]], candidates: str) -> str:
+    columns = ("NDCG@10", "HR@10", "MRR", "AUC", "coverage@10")
+    wanted = [
+        [row for row in seed["rows"] if (row["query"], row["candidates_are"]) == (_QUERY, candidates)] for seed in seeds
+    ]
+    lines = [
+        [of_seeds[0]["method"], *(spread([row[column] for row in of_seeds]) for column in columns)]
+        for of_seeds in zip(*wanted, strict=True)
+    ]
+    return table(["", *columns], lines)
+
+
+def _gaps(seeds: list[dict[str, Any]]) -> str:
+    wanted = [[gap for gap in seed["gap_closed"] if gap["query"] == _QUERY] for seed in seeds]
+    lines = [
+        [
+            of_seeds[0]["method"],
+            spread([gap["value"] for gap in of_seeds]),
+            "; ".join(f"{gap['interval'][0]:.3f} to {gap['interval'][1]:.3f}" for gap in of_seeds if gap["interval"]),
+        ]
+        for of_seeds in zip(*wanted, strict=True)
+    ]
+    return table(["", "share", "95 % interval over users, by seed"], lines)
+
+
+def _semantics(rows: list[dict[str, Any]]) -> str:
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_variant.setdefault(row["recipe"], []).append(row)
+    fields = list(rows[0]["probes"])
+    titles = ["", *(f"zero-shot {field}" for field in fields), *(f"probe {field}" for field in fields)]
+    lines = []
+    for variant, of_seeds in by_variant.items():
+        zero_shot = [[row["zero_shot"][field]["spectrogram"]["accuracy"] for row in of_seeds] for field in fields]
+        probes = [[row["probes"][field]["spectrogram"]["linear"]["accuracy"] for row in of_seeds] for field in fields]
+        lines.append([variant, *map(spread, zero_shot), *map(spread, probes)])
+    return table(titles, lines)
