@@ -1,4 +1,4 @@
-"""HTCL on real clips with simulated listeners: what the second stage adds for songs nobody has heard, and what it costs.
+"""HTCL on real clips with simulated listeners: what its second stage adds for songs nobody has heard, and at what cost.
 
 python benchmarks/htcl_table.py --data $PDTUNES --work FOLDER --json OUT.json        writes OUT.md beside it
 
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from htcl_table_page import page
+from muser_table_run import compared, run
 from record import provenance, say, write
 
 from muser_dist.config import EvaluateConfig, RunConfig, Stages
@@ -45,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains and scores what is missing, and writes the JSON and the page."""
     options = _options(argv)
     if options.run:
-        from muser_table_run import run
-
         variant, seed = options.run
         run(config_of(options, variant, int(seed)), variant, folder_of(options, variant, int(seed)))
         return
@@ -66,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in (STAGE_1, STAGE_2, *ABLATIONS)
         for seed in seeds
     ]
+    results["comparison"] = compared(
+        [folder_of(options, STAGE_2, seed), folder_of(options, STAGE_1, seed)] for seed in seeds
+    )
     results["recommendation"] = [_recommend(options, seed) for seed in seeds]
     write(options.json, results, page(results, options.json.name))
 

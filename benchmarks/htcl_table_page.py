@@ -1,8 +1,8 @@
 """The page of htcl_table.py."""
 
-import statistics
 from typing import Any
 
+from muser_table_page import differences, spread
 from record import head, table
 
 _QUERY = "history"
@@ -12,6 +12,7 @@ def page(results: dict[str, Any], name: str) -> str:
     """The results in Markdown."""
     seeds = results["recommendation"]
     counts = seeds[0]["counts"]
+    of_log = ", ".join(f"{what.replace('_', ' ')} {number:,}" for what, number in counts.items())
     minutes = sum(row["seconds"] for row in results["rows"]) / 60
     parts = [
         head("HTCL with simulated listeners", results, name),
@@ -19,7 +20,7 @@ def page(results: dict[str, Any], name: str) -> str:
         f"{results['global_batch']}, {len(seeds)} seeds; {minutes:.0f} minutes of training and embedding in all, one "
         "thread each. Figures are means over seeds, with the least and the greatest. A user is the mean of the clips "
         "taken in training; candidates are cold: clips without any interaction before the test period. Counts of the "
-        f"log: {', '.join(f'{name.replace("_", " ")} {number:,}' for name, number in counts.items())}.",
+        f"log: {of_log}.",
         "## Recommendation of cold clips",
         _recommendation(seeds, "cold"),
         "## How much of the way from stage 1 to the oracle, in NDCG@10 on cold clips",
@@ -28,17 +29,10 @@ def page(results: dict[str, Any], name: str) -> str:
         _recommendation(seeds, "warm"),
         "## Is the semantic space preserved?",
         _semantics(results["rows"]),
+        "Stage 2 minus stage 1, row by row, with the paired 95 % interval:",
+        differences(results["comparison"]),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def spread(values: list[float | None]) -> str:
-    """Mean, and least to greatest of several."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = f"{statistics.mean(known):.3f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.3f} to {max(known):.3f})"
 
 
 def _recommendation(seeds: list[dict[str, Any]], candidates: str) -> str:

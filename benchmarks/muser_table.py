@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from muser_table_page import page
+from muser_table_run import compared, run
 from record import provenance, say, write
 
 from muser_dist.config import EvaluateConfig, RunConfig, TowerConfig
@@ -37,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains and scores what is missing, and writes the JSON and the page."""
     options = _options(argv)
     if options.run:
-        from muser_table_run import run
-
         recipe, seed = options.run
         run(config_of(options, recipe, int(seed)), recipe, folder_of(options, recipe, int(seed)))
         return
@@ -53,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch}
     results["rows"] = [json.loads((folder_of(options, *job) / "scores.json").read_text()) for job in jobs]
     results["floor"] = json.loads((folder_of(options, UNTRAINED, 0) / "floor.json").read_text())
-    results["comparison"] = _compare(options)
+    results["comparison"] = compared(
+        [folder_of(options, "muser", seed), folder_of(options, "muser_audio_text", seed)]
+        for seed in range(SEEDS["muser"])
+    )
     write(options.json, results, page(results, options.json.name))
 
 
@@ -138,18 +139,6 @@ def _start(options: argparse.Namespace, recipe: str, seed: int) -> None:
     if done.returncode:
         raise SystemExit(f"{recipe}, seed {seed}: failed; {folder / 'log.txt'} says why")
     say(f"{recipe}, seed {seed}: done")
-
-
-def _compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """muser against muser_audio_text, seed by seed, on the same rows."""
-    from muser_dist.evaluate.comparison import compare_rows, load_rows
-
-    found = []
-    for seed in range(SEEDS["muser"]):
-        rows = [folder_of(options, recipe, seed) / "rows.npz" for recipe in ("muser", "muser_audio_text")]
-        if all(path.exists() for path in rows):
-            found.append({"seed": seed} | compare_rows(load_rows(rows[0]), load_rows(rows[1])))
-    return found
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def page(results: dict[str, Any], name: str) -> str:
         "## Few-shot: linear probe of the audio tower by share of the labels",
         _few_shot(by_recipe),
         "## muser minus muser_audio_text, row by row",
-        _differences(results["comparison"]),
+        differences(results["comparison"]),
         "## Loss",
         _curves(by_recipe),
     ]
@@ -116,7 +116,8 @@ def _few_shot(by_recipe: dict[str, Rows]) -> str:
     return table(["field", "recipe", *shares], lines)
 
 
-def _differences(comparison: list[dict[str, Any]]) -> str:
+def differences(comparison: list[dict[str, Any]]) -> str:
+    """A line for each figure of `compare_rows`, a column for each seed."""
     if not comparison:
         return "Not both were run."
     lines = []

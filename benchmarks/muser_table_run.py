@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import LogMel
 from muser_dist.data.storage import Storage
-from muser_dist.evaluate.comparison import PerRow, save_rows
+from muser_dist.evaluate.comparison import PerRow, compare_rows, load_rows, save_rows
 from muser_dist.evaluate.embedding import Embedded, embed
 from muser_dist.evaluate.evaluator import Probing, score
 from muser_dist.evaluate.fields import read_labels
@@ -67,6 +68,16 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     curve_path = folder / "curve.json"
     known["curve"] = json.loads(curve_path.read_text()) if curve_path.exists() else []
     (folder / "scores.json").write_text(json.dumps(known | scores))
+
+
+def compared(folders: Iterable[list[Path]]) -> list[dict[str, Any]]:
+    """The first of each two runs' folders against the second, row by row; by seed, where both are there."""
+    paths = [[folder / "rows.npz" for folder in two] for two in folders]
+    return [
+        {"seed": seed} | compare_rows(load_rows(first), load_rows(second))
+        for seed, (first, second) in enumerate(paths)
+        if first.exists() and second.exists()
+    ]
 
 
 def save_embeddings(path: Path, rows: Embedded) -> None:
