@@ -15,8 +15,10 @@ annotations. Of quoted strings only chord symbols are left, of !decorations! onl
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from string import ascii_letters
 
 from muser_dist.data.symbolic.patches import to_ascii
 from muser_dist.errors import DataError
@@ -30,35 +32,37 @@ _COMMENT = re.compile(r"(?<!\\)%.*")
 _IN_MUSIC = "KLMPQ"
 """Fields that may change in the music."""
 
+_DECORATION = r"""
+      trill[()]? | (?:upper|lower)?mordent | pralltriller | roll | (?:inverted)?turnx? | arpeggio | snap | slide | wedge
+    | > | accent | emphasis | marcato | \^ | tenuto | staccato | (?:inverted)?fermata | breath | \+ | plus
+    | [0-5] | upbow | downbow | open | thumb | p{1,4} | m[pf] | f{1,4} | sfz
+    | (?:crescendo|diminuendo|<|>)[()] | (?:short|medium|long)phrase | segno | coda | D\.[SC]\. | dacoda | dacapo | fine
+"""
+"""The standard's decorations; their names are no words of the tune's own."""
+
+_NOTE = r"(?:\^{1,2}|_{1,2}|=)?[A-Ga-g][,']*[0-9/]{0,16}"
+
 _TOKEN = re.compile(
-    r"""
+    rf"""
       (?P<string>"[^"]*"?)                                  # an unclosed one takes the rest of the line, as do others
     | (?P<comment>%.*)
     | (?P<field>\[[A-Za-z]:[^\]]*\]?)
-    | (?P<decoration>!(?P<exclaimed>[^!\s]{1,16})!|\+(?P<added>[^+\s]{1,16})\+)
+    | [!+](?P<decoration>{_DECORATION})[!+] | (?P<words>![^!|]{{1,40}}!)
+    | \+(?P<chord>(?:{_NOTE}){{2,16}})\+                       # as it was written before ABC 1.6
     | (?P<bar>\.?:*\[?\|[|\]:]*|::+)(?P<number>[0-9][0-9,-]*)?
     | (?P<ending>\[[0-9][0-9,-]*)
-    | (?P<note>(?:\^{1,2}|_{1,2}|=)?[A-Ga-g][,']*[0-9/]{0,16}|[xzXZ][0-9/]{0,16})
-    | (?P<mark>\([2-9](?::[0-9]?){0,2}|\][0-9/]{0,16}|\{/|[()\[{}<>.~&HLMOPSTuv-])
+    | (?P<note>{_NOTE}|[xzXZ][0-9/]{{0,16}})
+    | (?P<mark>\([2-9](?::[0-9]?){{0,2}}|\][0-9/]{{0,16}}|\{{/|[()\[{{}}<>.~&HLMOPSTuv-])
     | (?P<space>\s+|y[0-9]*)
     | (?P<other>.)
     """,
     re.VERBOSE,
 )
+_LETTER = re.compile("[A-Za-z]")
+_NO_NOTATION = frozenset(ascii_letters) - frozenset("ABCDEFGabcdefgHLMOPSTuvxyzXZ")
 _CHORD_SYMBOL = re.compile(
     r"[A-G][#b]?(?:maj|min|dim|aug|sus|add|[mM]|[#b+-]?[0-9]{1,2}|[+°-]){0,5}(?:/[A-G][#b]?)?", re.ASCII
 )
-_DECORATION = re.compile(
-    r"""
-      trill[()]? | (?:upper|lower)?mordent | pralltriller | roll | (?:inverted)?turnx? | arpeggio | snap | slide | wedge
-    | > | accent | emphasis | marcato | \^ | tenuto | staccato | (?:inverted)?fermata | breath | \+ | plus
-    | [0-5] | upbow | downbow | open | thumb | p{1,4} | m[pf] | f{1,4} | sfz
-    | (?:crescendo|diminuendo|<|>)[()] | (?:short|medium|long)phrase | segno | coda | D\.[SC]\. | dacoda | dacapo | fine
-    """,
-    re.VERBOSE,
-)
-"""The standard's decorations; their names are no words of the tune's own."""
-
 _KEY = re.compile(r"([A-G][#b]?)\s*([A-Za-z]*)", re.ASCII)
 _NO_KEY = re.compile(r"HP|Hp|none")  # of bagpipes, or none
 _MODES = {"maj": "", "ion": "", "min": "m", "aeo": "m", **{mode: mode for mode in ("dor", "phr", "lyd", "mix", "loc")}}
@@ -215,10 +219,9 @@ class _Tune:
         return self._voice
 
     def _read_music(self, line: str) -> None:
-        tokens = list(_TOKEN.finditer(line))
-        if _is_prose(tokens):
+        if _is_prose(line):
             return
-        for token in tokens:
+        for token in _TOKEN.finditer(line):
             kind, text = token.lastgroup, token[0]
             if kind == "field":
                 if text.endswith("]"):
@@ -235,8 +238,8 @@ class _Tune:
             elif kept := _notation(token):
                 voice = self._now()
                 voice.bar.append(kept)
-                voice.sounding |= kind == "note"
-                self._notes |= kind == "note" and text[0] not in "xzXZ"
+                voice.sounding |= kind in ("note", "chord")
+                self._notes |= kind == "chord" or (kind == "note" and text[0] not in "xzXZ")
 
     def write(self) -> str:
         """The tune; errors as of `clean_abc`."""
@@ -256,11 +259,14 @@ class _Tune:
         return "\n".join([*lines, *map("".join, rows), ""])
 
 
-def _is_prose(tokens: list[re.Match[str]]) -> bool:
+def _is_prose(line: str) -> bool:
     """Whether a line is free text: it has several letters, and often, that are no notation. One may be a symbol."""
-    unknown = [token[0] for token in tokens if token.lastgroup == "other" and token[0].isalpha()]
-    known = sum(token.lastgroup == "note" or token[0].isalpha() for token in tokens) - len(unknown)
-    return len(set(unknown)) > 2 and 3 * len(unknown) > known
+    if len(_NO_NOTATION.intersection(line)) < 3:
+        return False  # most lines, at once
+    counts = Counter(token[0] for token in _TOKEN.finditer(line) if token.lastgroup in ("note", "mark", "other"))
+    unknown = {text: count for text, count in counts.items() if text in _NO_NOTATION}
+    known = sum(count for text, count in counts.items() if text not in unknown and _LETTER.search(text))
+    return len(unknown) > 2 and 3 * sum(unknown.values()) > known
 
 
 def _notation(token: re.Match[str]) -> str:
@@ -270,8 +276,10 @@ def _notation(token: re.Match[str]) -> str:
         return token[0]
     if kind == "string" and _CHORD_SYMBOL.fullmatch(token[0][1:-1]) and token[0].endswith('"'):
         return token[0]
-    if kind == "decoration" and _DECORATION.fullmatch(name := token["exclaimed"] or token["added"]):
-        return f"!{name}!"
+    if kind == "chord":
+        return f"[{token[kind]}]"
+    if kind == "decoration":
+        return f"!{token[kind]}!"
     return ""
 
 

@@ -49,6 +49,7 @@ _END_OF_TRACK = 0x2F
 
 _LONGEST_NUMBER = 4
 """Bytes of a number of variable length; the standard has no longer ones. A negative time looks like one."""
+_LONGEST_TIME = (1 << 7 * _LONGEST_NUMBER) - 1
 
 _PROGRAM = re.compile(r"^(program_change \d+ \d+) \d+$", re.MULTILINE)
 
@@ -87,11 +88,13 @@ def midi_to_mtf(data: bytes, max_events: int) -> str:
         raise DataError("MIDI without notes")
     events.sort(key=lambda event: event.tick)  # stable: at one tick the order of tracks
     lines, now = [f"ticks_per_beat {ticks_per_beat}"], 0
-    for tick, name, values, meta in events:
-        lines.append(f"{name} {values} {tick - now}" if meta else f"{name} {tick - now} {values}")
+    for tick, name, values, meta in [*events, _Event(last, "end_of_track", "", True)]:
+        if tick - now > _LONGEST_TIME:
+            raise DataError(f"MIDI that is silent for {tick - now:,} ticks, more than a time may have")
+        words = (name, values, tick - now) if meta else (name, tick - now, values)
+        lines.append(" ".join(str(word) for word in words if word != ""))
         now = tick
-    lines.append(f"end_of_track {last - now}\n")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def _split_tracks(data: bytes) -> tuple[list[tuple[int, int]], int]:
@@ -221,7 +224,7 @@ def mtf_to_midi(text: str) -> bytes:
     for number, line in enumerate(lines, start=2):
         try:
             message = _message(line)
-            if not 0 <= message.time < 1 << 7 * _LONGEST_NUMBER:
+            if not 0 <= message.time <= _LONGEST_TIME:
                 raise ValueError("the time is out of range")
             message.bytes()  # what cannot be written says so here, where the line is known
             track.append(message)
@@ -235,11 +238,11 @@ def mtf_to_midi(text: str) -> bytes:
 def _message(line: str) -> mido.Message | mido.MetaMessage:
     name, *values = line.split(" ")
     if name in _CHANNEL_VALUES:
-        time, *numbers = map(int, values)
-        return mido.Message(name, time=time, **dict(zip(_CHANNEL_VALUES[name], numbers, strict=True)))
+        when, *numbers = map(int, values)
+        return mido.Message(name, time=when, **dict(zip(_CHANNEL_VALUES[name], numbers, strict=True)))
     if name == "end_of_track":
-        (time,) = map(int, values)
-        return mido.MetaMessage(name, time=time)
+        (when,) = map(int, values)
+        return mido.MetaMessage(name, time=when)
     if name not in _META_TYPES:
         raise ValueError("no such message")
     *settings, time = values
