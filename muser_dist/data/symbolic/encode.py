@@ -1,6 +1,6 @@
 """A row's members to patches."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -12,27 +12,10 @@ from muser_dist.data.symbolic.patches import split_abc, split_mtf, to_patches
 from muser_dist.errors import DataError
 
 EXTENSIONS: dict[Notation, tuple[str, ...]] = {
-    "abc": ("abc", "musicxml", "xml", "mxl"),
+    "abc": ("abc", "musicxml", "mxl", "xml"),
     "midi": ("mid", "midi"),
 }
 """Extensions of members by what becomes of them; the first that a row has counts."""
-
-
-def members_of(extensions: Mapping[str, object], config: SymbolicConfig) -> dict[Notation, str]:
-    """The members of a row that `encode_symbolic` may read: the extension by notation, in the config's order.
-
-    Raises:
-        DataError: there is none.
-    """
-    found: dict[Notation, str] = {}
-    for notation in config.notations:
-        for extension in EXTENSIONS[notation]:
-            if extension in extensions:
-                found.setdefault(notation, extension)
-    if not found:
-        wanted = ", ".join(extension for notation in config.notations for extension in EXTENSIONS[notation])
-        raise DataError(f"no notation member ({wanted})")
-    return found
 
 
 def encode_symbolic(
@@ -52,18 +35,32 @@ def encode_symbolic(
     Raises:
         DataError: there is no member for it, or the one that is drawn is broken, has no notes or is too large.
     """
-    found = list(members_of(members, config).items())
-    rng = None if seed is None else np.random.default_rng(seed)
-    # Always drawn: which notations a row has, and the probability, must not change the window.
-    chosen, hidden = rng.random(2) if rng else (0.0, 0.0)
-    notation, extension = found[int(chosen * len(found))]
-    instruments = hidden >= config.drop_instruments if rng else config.drop_instruments < 1
-    data = members[extension]
+    extension = draw_member(members, config, seed)
+    return encode_member(extension, members[extension], config, seed)
+
+
+def draw_member(extensions: Collection[str], config: SymbolicConfig, seed: int | None = None) -> str:
+    """Of the members that a row has, the extension of the one that `encode_symbolic` reads; errors as there."""
+    of_notations = ([name for name in EXTENSIONS[notation] if name in extensions] for notation in config.notations)
+    found = [names[0] for names in of_notations if names]
+    if not found:
+        wanted = ", ".join(name for notation in config.notations for name in EXTENSIONS[notation])
+        raise DataError(f"no member with notation ({wanted})")
+    return found[0] if seed is None else found[int(np.random.default_rng((seed, 0)).integers(len(found)))]
+
+
+def encode_member(
+    extension: str, data: bytes, config: SymbolicConfig, seed: int | None = None
+) -> tuple[np.ndarray, int]:
+    """The patches of a member; the rest as of `encode_symbolic`."""
     if len(data) > config.max_bytes:
         raise DataError(
             f"{len(data):,} bytes of .{extension}, more than {config.max_bytes:,} (data.symbolic.max_bytes)"
         )
-    if notation == "midi":
+    # Apart from that of the member: which others a row has must not change the window.
+    rng = None if seed is None else np.random.default_rng((seed, 1))
+    instruments = rng.random() >= config.drop_instruments if rng else config.drop_instruments < 1
+    if extension in EXTENSIONS["midi"]:
         text = midi_to_mtf(data, config.max_events)
         pieces = split_mtf(text if instruments else hide_programs(text))
     else:

@@ -78,8 +78,8 @@ def test_key_and_meter_can_be_hidden():
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({}, "no notation member"),
-        ({"json": b"{}", "ogg": b""}, "no notation member"),
+        ({}, "no member with notation"),
+        ({"json": b"{}", "ogg": b""}, "no member with notation"),
         ({"abc": b""}, "no key"),
         ({"abc": b"K:C\n" + b"A" * (4 << 20)}, "data.symbolic.max_bytes"),
         ({"mid": b"MThd" + bytes(30_000_000)}, "data.symbolic.max_bytes"),
