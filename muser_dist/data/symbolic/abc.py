@@ -61,7 +61,7 @@ _TOKEN = re.compile(
 _LETTER = re.compile("[A-Za-z]")
 _NO_NOTATION = frozenset(ascii_letters) - frozenset("ABCDEFGabcdefgHLMOPSTuvxyzXZ")
 _CHORD_SYMBOL = re.compile(
-    r"[A-G][#b]?(?:maj|min|dim|aug|sus|add|[mM]|[#b+-]?[0-9]{1,2}|[+°-]){0,5}(?:/[A-G][#b]?)?", re.ASCII
+    r"[A-G][#b]?(?:maj|min|dim|aug|sus|add|[mM]|[#b+-]?[0-9]{1,2}|[+-]){0,5}(?:/[A-G][#b]?)?", re.ASCII
 )
 _KEY = re.compile(r"([A-G][#b]?)\s*([A-Za-z]*)", re.ASCII)
 _NO_KEY = re.compile(r"HP|Hp|none")  # of bagpipes, or none
@@ -148,7 +148,6 @@ class _Tune:
         self._instruments = instruments
         self._lines: list[str] = []
         self._key: str | None = None
-        self._begun = False
         self._voices: dict[str, _Voice] = {}
         self._parts: dict[str, str] = {}
         self._voice: _Voice | None = None

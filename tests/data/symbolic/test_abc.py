@@ -87,6 +87,7 @@ def test_keys_are_written_in_one_way_and_without_words(value, kept):
         ("A & B|", ["A & B|"]),
         ('"Am7/G"A "F#dim"B "C+"c "Cadenza"d "D.C."e', ['"Am7/G"A "F#dim"B "C+"c d e']),
         ("!f!A +trill+B !D.C. al fine!c +A3^CE2+", ["!f!A !trill!B c [A3^CE2]"]),
+        ('"C°7"A "éa"B ¾c|', ["A B c|"]),
         ('A "unclosed B|', ["A"]),
         ("A [N:unclosed B|", ["A"]),
         ("G:|A", ["G:|", "A"]),  # no field G
@@ -189,7 +190,7 @@ def test_interleaving_is_that_of_the_lists_of_bars(voices, random):
 
 
 @settings(deadline=None)
-@given(st.text("ABcd|:[]1(){}<>^_=,'/23 zx\"!+.~TVKPM&\n-%\\") | st.text())
+@given(st.text("ABcd|:[]1(){}<>^_=,'/23 zx\"!+.~TVKPM&\n-%\\°é") | st.text())
 @example('V:1 nm="a" treble\nA|[V:2]B|[1C:|')
 @example("[1]A|")
 def test_any_music_cleaned_stays_as_it_is_when_cleaned_again(body):
