@@ -89,6 +89,9 @@ def test_keys_are_written_in_one_way_and_without_words(value, kept):
         ("!f!A +trill+B !D.C. al fine!c +A3^CE2+", ["!f!A !trill!B c [A3^CE2]"]),
         ('"C°7"A "éa"B ¾c|', ["A B c|"]),
         ('A "unclosed B|', ["A"]),
+        ('A "Cm', ["A"]),
+        ("A|\nGather round and be glad\nB|", ["A|", "B|"]),  # free text
+        ("kABc nBcd hcde defg|", ["ABc Bcd cde defg|"]),  # a few symbols of one's own are none
         ("A [N:unclosed B|", ["A"]),
         ("G:|A", ["G:|", "A"]),  # no field G
     ],

@@ -82,6 +82,15 @@ def test_messages_of_a_type_share_a_patch():
     ]
 
 
+@pytest.mark.parametrize(("last", "shared"), [("9" * 8, True), ("9" * 9, False)])
+def test_a_patch_is_filled_to_its_last_character(last, shared):
+    first = f"note_on {'1' * 20} 0 60 90\n"
+    second = f"{last} 0 60 {'9' * 10}\n"
+    assert len(first) + len(second) == PATCH_CHARACTERS + (not shared)
+    pieces = split_mtf(f"{first}note_on {second}")
+    assert pieces == ([f"{first[:-1]}\t{second}"] if shared else [first, f"note_on {second}"])
+
+
 PIECES = [f"{i}|" for i in range(20)]
 
 
