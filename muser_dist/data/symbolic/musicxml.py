@@ -1,0 +1,103 @@
+"""MusicXML, plain or packed (.mxl), to ABC.
+
+The lytk package does it. What it cannot be trusted with is looked at before: entities, which may stand for gigabytes,
+deep nesting, and archives that unpack to more than they should.
+"""
+
+import io
+import zipfile
+from collections.abc import Callable
+from xml.parsers import expat
+
+from muser_dist.errors import DataError
+
+_DEEPEST = 64
+"""Elements inside each other; scores have about ten."""
+
+_CONTAINER = "META-INF/container.xml"
+_CONTAINER_BYTES = 1 << 16
+
+
+def musicxml_to_abc(data: bytes, max_bytes: int, max_elements: int) -> str:
+    """A score in ABC, words and all; `abc.clean_abc` takes them out.
+
+    Each staff becomes a voice. A staff's own voices share its bars, divided by "&".
+
+    Args:
+        data: the file, plain or packed.
+        max_bytes: most bytes of what is packed.
+        max_elements: most XML elements.
+
+    Raises:
+        DataError: it is no score, is broken, or larger than that; or declares entities.
+    """
+    if data.startswith(b"PK"):
+        data = _unpack(data, max_bytes)
+    roots: list[str] = []
+    _walk(data, max_elements, lambda name, _: roots.append(name) if not roots else None)
+    if roots[0] not in ("score-partwise", "score-timewise"):
+        raise DataError(f"no MusicXML score: its element is {roots[0][:40]!r}")
+    import lytk  # native code of some megabytes, which only MusicXML needs
+
+    try:
+        return lytk.to_abc(lytk.from_musicxml_bytes(data))
+    except Exception as error:  # whatever it is, one row must not end the run
+        raise DataError(f"broken MusicXML: {error}") from None
+
+
+def _walk(data: bytes, max_elements: int, visit: Callable[[str, dict[str, str]], object]) -> None:
+    """Visits the elements, by name and attributes, in their order; errors as of `musicxml_to_abc`."""
+    depth = count = 0
+
+    def begin(name: str, attributes: dict[str, str]) -> None:
+        nonlocal depth, count
+        depth, count = depth + 1, count + 1
+        if depth > _DEEPEST:
+            raise DataError(f"MusicXML with more than {_DEEPEST} elements inside each other")
+        if count > max_elements:
+            raise DataError(f"MusicXML of more than {max_elements:,} elements (data.symbolic.max_events)")
+        visit(name, attributes)
+
+    def end(name: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def refuse(*_: object) -> None:
+        raise DataError("MusicXML that declares entities")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler, parser.EntityDeclHandler = begin, end, refuse
+    try:
+        parser.Parse(data, True)
+    except DataError:
+        raise
+    except Exception as error:  # expat's own, and of codecs that XML names
+        raise DataError(f"broken MusicXML: {error}") from None
+
+
+def _unpack(data: bytes, max_bytes: int) -> bytes:
+    """The score in an archive: the first root file that its container names."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        paths: list[str] = []
+        _walk(
+            _member(archive, _CONTAINER, _CONTAINER_BYTES),
+            _CONTAINER_BYTES,
+            lambda name, attributes: paths.append(attributes["full-path"]) if name == "rootfile" else None,
+        )
+        return _member(archive, paths[0], max_bytes)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and struct have many
+        raise DataError(f"broken .mxl: {type(error).__name__}: {error}") from None
+
+
+def _member(archive: zipfile.ZipFile, path: str, max_bytes: int) -> bytes:
+    member = archive.getinfo(path)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"broken .mxl: {path[:40]} is packed in a way that MusicXML does not know")
+    with archive.open(member) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DataError(f"an .mxl whose {path[:40]} has more than {max_bytes:,} bytes")
+    return content
