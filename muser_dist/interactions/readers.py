@@ -231,7 +231,8 @@ def _column_names(file: BinaryIO, url: str, kind: str, layout: LogLayout, compre
         return list(layout.columns)
     file.seek(0)
     try:
-        line = _decompressed(file, compression).read(1 << 20).decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
+        beginning = _decompressed(file, compression).read(1 << 20).decode("utf-8-sig", errors="replace")
+        line = beginning.partition("\n")[0].rstrip("\r")
         cells = next(
             csv.reader(
                 [line],

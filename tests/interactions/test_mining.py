@@ -170,6 +170,18 @@ def test_a_like_after_a_play(tmp_path):
     }
 
 
+def test_of_repeats_the_one_that_counts_stays(tmp_path):
+    """A play that is too short to be a preference is a trigger all the same, and no reason to forget the long one."""
+    rows = [("ann", "a", START, "90"), ("ann", "b", START + 9, "10"), ("ann", "b", START + 9, "90")]
+    config = MiningConfig("explicit", ("play",), ("play",), {"play": 50}, min_support=1)
+    for number, order in enumerate(([0, 1, 2], [2, 1, 0])):
+        cells = [(user, item, str(time), "play", value) for user, item, time, value in (rows[i] for i in order)]
+        path = write_log(tmp_path / "log.tsv", cells)
+        summary = run(stages_of([path], tmp_path / str(number), TIMED, config))
+        assert summary["left_out"] == {"exact repeat": 1}
+        assert [(row["trigger"], row["item"]) for row in pairs_of(tmp_path / str(number))] == [("a", "b")]
+
+
 def test_playlists_pair_neighbours_in_both_directions(tmp_path):
     path = tmp_path / "playlists.jsonl"
     path.write_text('{"id": 1, "songs": ["a", "b", "c"]}\n{"id": 2, "songs": ["b", "a"]}\n{"id": 3, "songs": []}\n')
