@@ -46,7 +46,7 @@ NAMES = pa.schema([("item", pa.uint64()), ("name", pa.string())])
 COUNTS = pa.schema([("item", pa.uint64()), ("split", pa.int8()), ("triggers", pa.int64()), ("preferences", pa.int64())])
 """Users who have an item as a trigger and as a preference, in a split and those before it."""
 
-SUPPORTS = pa.schema([("trigger", pa.uint64()), ("item", pa.uint64()), ("split", pa.int8()), ("support", pa.int64())])
+SUPPORTS = pa.schema([("trigger", pa.uint64()), ("item", pa.uint64()), ("split", pa.int8()), ("support", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class MiningConfig(Strict):
     partners: int = 5
     """Of the interactions before one, how many, from the nearest on, may form a pair with it."""
     max_events: int = 100_000
-    """Interactions of one user that are used: the last ones. Bounds the memory that one user can take."""
+    """Interactions of one user that are used: the last ones, or a random sample where the log has no order. Bounds the
+    memory that one user can take."""
     min_support: int = 2
     """Fewest users that a training pair must have. Held-out pairs need one: they are few, and true all the same."""
     popularity: float = 0.5

@@ -94,7 +94,7 @@ def partitions_for(pieces: list[Piece], layout: LogLayout) -> int:
         kind, compression = format_of(piece.url, layout)
         size = 1.0 if kind == "parquet" else (piece.stop - piece.start) / PIECE_BYTES
         parts += 4 * size if compression else size
-    return 1 << max(math.ceil(parts) - 1, 0).bit_length()
+    return min(1 << max(math.ceil(parts) - 1, 0).bit_length(), 1 << 16)
 
 
 def read_piece(

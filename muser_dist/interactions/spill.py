@@ -22,9 +22,10 @@ def write_spill(path: Path, table: pa.Table, column: str, partitions: int) -> No
         path: of the file; what was there is replaced.
         table: with any rows, in any order.
         column: uint64.
-        partitions: a power of two.
+        partitions: a power of two, at most 2^16.
     """
-    partition = partition_of(table[column].to_numpy(), partitions)
+    # Numbers of 16 bits are sorted in linear time.
+    partition = partition_of(table[column].to_numpy(), partitions).astype(np.uint16)
     table = table.take(pa.array(np.argsort(partition, kind="stable"))).combine_chunks()
     ends = np.cumsum(np.bincount(partition, minlength=partitions)).tolist()
     with whole_file(path) as file, pa.ipc.new_file(file, table.schema, options=_LZ4) as writer:

@@ -66,8 +66,8 @@ class Job(Strict):
 
     def __post_init__(self) -> None:
         require(
-            self.partitions >= 1 and self.partitions & (self.partitions - 1) == 0,
-            f"partitions is {self.partitions}; it must be a power of two",
+            1 <= self.partitions <= 1 << 16 and self.partitions & (self.partitions - 1) == 0,
+            f"partitions is {self.partitions}; it must be a power of two, at most 65536",
         )
         require(
             self.layout.ordered or self.mining.rule != "explicit",
@@ -103,16 +103,16 @@ class Stages:
             DataError: it holds another job's pairs, or something else.
             ConfigError: it cannot be written.
         """
-        mine = json.loads(json.dumps(asdict(self.job)))
-        for piece in mine["pieces"]:
+        wanted = json.loads(json.dumps(asdict(self.job)))
+        for piece in wanted["pieces"]:
             piece["url"] = redact(piece["url"])
         path = self.folder / MANIFEST
         try:
             if path.exists():
                 there = _read_json(path)
-                if there.get("format") != FORMAT or set(there["job"]) != set(mine):
+                if there.get("format") != FORMAT or set(there["job"]) != set(wanted):
                     raise DataError(f"{path} is of another version; give another --out")
-                changed = [name for name, value in mine.items() if name != "latest" and there["job"][name] != value]
+                changed = [name for name, value in wanted.items() if name != "latest" and there["job"][name] != value]
                 if changed:
                     raise DataError(
                         f"{self.folder} holds pairs of another log or other settings ({', '.join(changed)} differ); "
@@ -124,7 +124,7 @@ class Stages:
             for name in ("pairs", "items", *(() if self.summary_path.exists() else ("work",))):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_whole(path, json.dumps({"format": FORMAT, "job": mine, "made_by": made_by}, indent=1))
+                write_whole(path, json.dumps({"format": FORMAT, "job": wanted, "made_by": made_by}, indent=1))
         except OSError as error:
             raise ConfigError(f"out: cannot write to {self.folder} ({error.strerror}); give another --out") from None
 

@@ -1,7 +1,5 @@
 """Files of the stages: what is made again, whose folder it is, and that no row is lost; the job's command line."""
 
-import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -145,7 +143,6 @@ def mine_pairs(*arguments):
     return subprocess.run(
         [sys.executable, "jobs/mine_pairs.py", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
     )
@@ -172,20 +169,3 @@ def test_what_is_wrong_is_said_in_one_line(log, tmp_path):
         done = mine_pairs(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.xdist_group("cluster")
-def test_the_job_on_ray_makes_what_the_stages_make(log, tmp_path):
-    here = run(stages_of([log], tmp_path / "here", EVENTS, split=SPLIT))
-    options = ("--split.val-users", "0.2", "--split.val-items", "0.1", "--partitions", "4")
-    command = (log, "--layout", "events", "--out", tmp_path / "ray", *options)
-    done = mine_pairs(*command)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "ray" / "summary.json").read_text())
-    made_by = summary.pop("made_by")
-    assert summary == {name: value for name, value in here.items() if name != "made_by"}
-    assert made_by["command"].startswith("python jobs/mine_pairs.py")
-    key = ("split", "trigger", "item")
-    rows = [sorted(pairs_of(tmp_path / n), key=lambda row: [row[name] for name in key]) for n in ("ray", "here")]
-    assert rows[0] == rows[1]
-    assert mine_pairs(*command).stdout == done.stdout  # nothing is left to do
