@@ -169,8 +169,9 @@ def page(results: dict[str, Any], name: str) -> str:
     where = "in one process without Ray" if setting["alone"] else f"on a Ray cluster of {setting['cores']} CPUs"
     compared = (
         f"{setting['rows']:,} rows of a synthetic log ({setting['log_bytes'] / 2**30:.2f} GiB of Parquet), mined "
-        f"{where}. Sessions of 12 plays on average; users' activity is log-normal (sigma 1.5), items follow Zipf's law (exponent "
-        "0.8), half of them within one of 64 tastes; one user and one item in twenty is held out. Memory is the sum of "
+        f"{where}. Sessions of 12 plays on average; users' activity is log-normal (sigma 1.5), items follow Zipf's law "
+        "(exponent 0.8), half of them within one of 64 tastes; one user and one item in twenty is held out. Memory is "
+        "the sum of "
         "proportional set sizes of the job and all of Ray's processes, looked at each second: the object store counts "
         "as far as it is used, shared pages once. Times hold the start of Ray."
     )

@@ -136,6 +136,13 @@ def test_spilled_rows_come_back_by_partition(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
 
 
+def test_what_tasks_import_is_light():
+    """Neither torch nor Ray: a pool of small machines can mine, and tests of functions start fast."""
+    code = "import sys, muser_dist.interactions.stages; print({'torch', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 # --- The command line ---
 
 
