@@ -26,7 +26,8 @@ PAIRS = pa.schema(
         ("split", pa.string()),
     ]
 )
-"""What comes out. Of co-occurrence both directions, but for those that `per_trigger` leaves out."""
+"""What comes out. Of co-occurrence both directions, but for those that `per_trigger` leaves out. A pair
+may be in several splits: other listeners had it, or it came again later. Pairs with a cold item are in one alone."""
 
 
 def items_schema(levels: Sequence[int]) -> pa.Schema:
