@@ -27,7 +27,7 @@ PAIRS = pa.schema(
     ]
 )
 """What comes out. Of co-occurrence both directions, but for those that `per_trigger` leaves out. A pair
-may be in several splits: other listeners had it, or it came again later. Pairs with a cold item are in one alone."""
+may be in several splits: other listeners had it, or it came again later. None with a cold item is in train."""
 
 
 def items_schema(levels: Sequence[int]) -> pa.Schema:
