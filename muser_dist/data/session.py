@@ -6,8 +6,24 @@ import os
 from collections.abc import Iterator
 
 import ray
+import ray.exceptions
 
-from muser_dist.errors import ClusterError
+from muser_dist.errors import ClusterError, MuserError
+
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""Errors that say that a node or process died, and nothing about what it did."""
+
+
+def of_user(error: BaseException | None) -> MuserError | None:
+    """The error for users that Ray has wrapped, if it is one."""
+    while error is not None and not isinstance(error, MuserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 @contextlib.contextmanager
