@@ -19,7 +19,7 @@ from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.mining import MiningConfig
 from muser_dist.interactions.readers import partitions_for, pieces_of
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.stages import STAGES, Job, Stages
+from muser_dist.interactions.phases import PHASES, Job, Phases
 
 STORE_BYTES = 512 << 20
 """Object store: what tasks return is a number each."""
@@ -69,27 +69,27 @@ class Watch:
 def measure(
     log: str, folder: str, cores: int, alone: bool, mining: dict[str, Any], split: dict[str, Any]
 ) -> dict[str, Any]:
-    """Seconds by stage, peaks, and the summary of the job."""
+    """Seconds by phase, peaks, and the summary of the job."""
     storage = Storage.of(DataConfig())
     layout = LAYOUTS["events"]
     pieces = pieces_of(storage, storage.expand([log], "log"), layout)
     job = Job(
         tuple(pieces), layout, MiningConfig(**mining), SplitConfig(**split), None, "", partitions_for(pieces, layout)
     )
-    stages = Stages(job, storage, Path(folder))
-    stages.claim({})
+    phases = Phases(job, storage, Path(folder))
+    phases.claim({})
     watch = Watch(Path(folder))
     begins: dict[str, float] = {}
     started = time.monotonic()
     if alone:
-        for stage in STAGES:
-            begins[stage] = time.monotonic()
-            for task in stages.missing(stage):
-                stages.run(stage, task)
+        for phase in PHASES:
+            begins[phase] = time.monotonic()
+            for task in phases.missing(phase):
+                phases.run(phase, task)
     else:
         import ray
 
-        from muser_dist.interactions.job import run_stages
+        from muser_dist.interactions.job import run_phases
 
         ray.init(
             "local",
@@ -99,19 +99,19 @@ def measure(
             log_to_driver=False,
         )
 
-        def progress(stage: str) -> Callable[[int, int], None]:
-            begins[stage] = time.monotonic()
+        def progress(phase: str) -> Callable[[int, int], None]:
+            begins[phase] = time.monotonic()
             return lambda done, total: None
 
-        run_stages(stages, progress)  # type: ignore[arg-type]
+        run_phases(phases, progress)  # type: ignore[arg-type]
     ended = time.monotonic()
     watch.stop()
     marks = [*begins.values(), ended]
-    summary = stages.finish({})
+    summary = phases.finish({})
     return {
         "seconds": round(ended - started, 2),
         "startup_seconds": round(marks[0] - started, 2),
-        "stage_seconds": {s: round(b - a, 2) for s, a, b in zip(STAGES, marks, marks[1:], strict=False)},
+        "stage_seconds": {s: round(b - a, 2) for s, a, b in zip(PHASES, marks, marks[1:], strict=False)},
         "peak_gib": round(watch.peak_bytes / 2**30, 3),
         "spilled_gib": round(watch.peak_disk_bytes / 2**30, 3),
         "partitions": job.partitions,

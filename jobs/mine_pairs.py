@@ -34,7 +34,7 @@ from muser_dist.interactions.log import load_layout
 from muser_dist.interactions.mining import MiningConfig, number
 from muser_dist.interactions.readers import partitions_for, pieces_of, read_piece
 from muser_dist.interactions.split import SplitConfig, seconds
-from muser_dist.interactions.stages import Job, Stages
+from muser_dist.interactions.phases import Job, Phases
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ def job(arguments: list[str]) -> None:
     items = os.path.abspath(options.items) if options.items else ""
     partitions = options.partitions or partitions_for(pieces, layout)
     work = Job(tuple(pieces), layout, options.mining, options.split, latest, items, partitions)
-    stages = Stages(work, storage, options.out.absolute())
+    phases = Phases(work, storage, options.out.absolute())
     if options.dry_run:
-        print(look(stages))
+        print(look(phases))
         return
-    from muser_dist.interactions.job import run_stages  # after the options: importing Ray takes seconds
+    from muser_dist.interactions.job import run_phases  # after the options: importing Ray takes seconds
     from muser_dist.train.preflight import provenance
 
     made_by = provenance(["python", "jobs/mine_pairs.py", *arguments])
-    stages.claim(made_by)
-    if not stages.summary_path.exists():
-        run_stages(stages, lambda stage: Progress(f"tasks of {stage!r}", every=2.0))
-    summary = stages.finish(made_by)
+    phases.claim(made_by)
+    if not phases.summary_path.exists():
+        run_phases(phases, lambda phase: Progress(f"tasks of {phase!r}", every=2.0))
+    summary = phases.finish(made_by)
     print(f"{summary['rows']:,} rows: {summary['used']:,} used")
     for reason, rows in summary["left_out"].items():
         print(f"  {rows:,} left out: {reason}")
@@ -105,13 +105,13 @@ def job(arguments: list[str]) -> None:
     print(f"pairs: {pairs or 'none'}; in {options.out / 'pairs'}")
 
 
-def look(stages: Stages) -> str:
+def look(phases: Phases) -> str:
     """How the first rows of the log are read."""
-    work = stages.job
+    work = phases.job
     files = len({piece.url for piece in work.pieces})
     lines = [f"{files:,} files, {len(work.pieces):,} pieces, {work.partitions:,} partitions"]
     for piece in work.pieces[:1]:
-        for table, left_out in read_piece(stages.storage, piece, work.layout, work.latest):
+        for table, left_out in read_piece(phases.storage, piece, work.layout, work.latest):
             _, _, unused, signals = number(table, work.mining, None)
             lines.append(f"the first {table.num_rows + left_out.total():,} rows: {table.num_rows:,} can be read")
             lines += [f"  {rows:,} left out: {reason}" for reason, rows in (left_out + unused).most_common()]

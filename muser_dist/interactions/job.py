@@ -1,4 +1,4 @@
-"""Mines on Ray: the tasks of one stage after the other, on whatever machines there are."""
+"""Mines on Ray: the tasks of one phase after the other, on whatever machines there are."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,47 +12,47 @@ import ray.exceptions
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.session import DEATHS, connected, of_user
 from muser_dist.errors import ClusterError
-from muser_dist.interactions.stages import STAGES, Stage, Stages
+from muser_dist.interactions.phases import PHASES, Phase, Phases
 
 
-def run_stages(stages: Stages, progress: Callable[[Stage], Callable[[int, int], None]]) -> None:
-    """Does the tasks that are missing, a stage after the other. What dies with a node is done again.
+def run_phases(phases: Phases, progress: Callable[[Phase], Callable[[int, int], None]]) -> None:
+    """Does the tasks that are missing, a phase after the other. What dies with a node is done again.
 
     Args:
-        stages: of the job; its folder must be seen by every node.
-        progress: for a stage, what is called with (tasks done, tasks).
+        phases: of the job; its folder must be seen by every node.
+        progress: for a phase, what is called with (tasks done, tasks).
 
     Raises:
         ClusterError: no cluster answers, it has no CPU, or a task fails again and again.
         DataError: of a file of the log.
     """
     with connected():
-        for stage in STAGES:
-            show, total = progress(stage), stages.tasks(stage)
-            missing = stages.missing(stage)
+        for phase in PHASES:
+            show, total = progress(phase), phases.tasks(phase)
+            missing = phases.missing(phase)
             show(total - len(missing), total)
             while missing:
                 cpus = int(ray.cluster_resources().get("CPU", 0))
                 if cpus < 1:
                     raise ClusterError("the cluster has no CPU for mining; start nodes with --num-cpus")
                 try:
-                    for done, _ in enumerate(_results(stages, stage, missing, cpus), start=1):
+                    for done, _ in enumerate(_results(phases, phase, missing, cpus), start=1):
                         show(total - len(missing) + done, total)
                 except ray.exceptions.RayError as error:
                     if (cause := of_user(error)) is not None:
                         raise cause from None
-                    if not isinstance(error, DEATHS) or len(stages.missing(stage)) == len(missing):
+                    if not isinstance(error, DEATHS) or len(phases.missing(phase)) == len(missing):
                         raise ClusterError(f"mining ended: {str(error).strip().splitlines()[-1]}") from error
-                missing = stages.missing(stage)
+                missing = phases.missing(phase)
 
 
-def _results(stages: Stages, stage: Stage, numbers: list[int], slots: int) -> Iterator[None]:
+def _results(phases: Phases, phase: Phase, numbers: list[int], slots: int) -> Iterator[None]:
     """Yields once for each task that has ended."""
     table = np.array(numbers, np.int64)
 
     def run(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for task in table[batch["id"]].tolist():
-            stages.run(stage, task)
+            phases.run(phase, task)
             yield pa.table({"task": [task]})
 
     set_context(slots)

@@ -2,7 +2,7 @@
 
 The way of a log with 10^9 rows: `number` turns rows of `log.SCHEMA` into numbers, which are shuffled by user; `mine`
 takes all interactions of some users and counts, for each pair of items, the users who have it; what it counted is
-shuffled by item, and `reduce.py` adds up, weighs and chooses. `stages.py` keeps the tables in files.
+shuffled by item, and `reduce.py` adds up, weighs and chooses. `phases.py` keeps the tables in files.
 
 Two rules say what a pair is. Interactions of a user (or of a playlist) stand in the order of their times or positions;
 those that are equal in all are one; where a log has no order, a hash decides. Of each interaction and one of the

@@ -1,6 +1,6 @@
-"""Tables between two stages, in files: a task writes one file, in which each partition is a record batch of its own.
+"""Tables between two phases, in files: a task writes one file, in which each partition is a record batch of its own.
 
-So n tasks and p partitions make n files and not n times p; a task of the next stage reads its own batch of each. Files
+So n tasks and p partitions make n files and not n times p; a task of the next phase reads its own batch of each. Files
 are whole or not there, and two tasks may write the same one at a time: a task whose node seemed to be dead may live.
 """
 

@@ -1,4 +1,4 @@
-"""jobs/mine_pairs.py on Ray makes what the same stages make in one process."""
+"""jobs/mine_pairs.py on Ray makes what the same phases make in one process."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from jobs.mine_pairs import job
 from muser_dist.errors import DataError
 from muser_dist.interactions import readers
-from muser_dist.interactions.job import run_stages
+from muser_dist.interactions.job import run_phases
 from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.split import SplitConfig
 from tests.interactions.cases import pairs_of, run, stages_of
@@ -50,17 +50,17 @@ def test_pairs_and_accounts_are_those_of_one_process(cluster, logs, tmp_path, ca
 
 
 def test_what_was_made_stays_and_what_is_wrong_is_told(cluster, logs, tmp_path):
-    stages = stages_of(logs, tmp_path / "out", LAYOUTS["events"])
-    stages.claim({})
+    phases = stages_of(logs, tmp_path / "out", LAYOUTS["events"])
+    phases.claim({})
     content = logs[2].read_bytes()
     logs[2].unlink()
     with pytest.raises(DataError, match=r"log-2\.csv cannot be opened"):
-        run_stages(stages, lambda stage: lambda done, total: None)
+        run_phases(phases, lambda phase: lambda done, total: None)
     logs[2].write_bytes(content)
     told = []
-    run_stages(stages, lambda stage: lambda done, total: told.append((stage, done, total)))
+    run_phases(phases, lambda phase: lambda done, total: told.append((phase, done, total)))
     assert told[-1] == ("pairs", 4, 4) and ("read", 4, 4) in told
-    assert len(readers.pieces_of(stages.storage, [str(path) for path in logs], LAYOUTS["events"])) == 4
-    stages.finish({})
+    assert len(readers.pieces_of(phases.storage, [str(path) for path in logs], LAYOUTS["events"])) == 4
+    phases.finish({})
     run(stages_of(logs, tmp_path / "here", LAYOUTS["events"]))
     assert result(tmp_path / "out") == result(tmp_path / "here")

@@ -12,7 +12,7 @@ from muser_dist.interactions.log import LogLayout
 from muser_dist.interactions.mining import MiningConfig
 from muser_dist.interactions.readers import pieces_of, read_piece
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.stages import STAGES, Job, Stages
+from muser_dist.interactions.phases import PHASES, Job, Phases
 
 STORAGE = Storage.of(DataConfig())
 COLUMNS = ("user", "item", "time", "signal", "value")
@@ -51,19 +51,19 @@ def stages_of(
     latest: int | None = None,
     items: str = "",
     partitions: int = 4,
-) -> Stages:
+) -> Phases:
     pieces = tuple(pieces_of(STORAGE, [str(path) for path in paths], layout))
     job = Job(pieces, layout, mining or MiningConfig(), split or SplitConfig(), latest, items, partitions)
-    return Stages(job, STORAGE, folder)
+    return Phases(job, STORAGE, folder)
 
 
-def run(stages: Stages) -> dict:
+def run(phases: Phases) -> dict:
     """What muser_dist/interactions/job.py does, in this process."""
-    stages.claim({"commit": "c0ffee"})
-    for stage in STAGES:
-        for task in stages.missing(stage):
-            stages.run(stage, task)
-    return stages.finish({"commit": "c0ffee"})
+    phases.claim({"commit": "c0ffee"})
+    for phase in PHASES:
+        for task in phases.missing(phase):
+            phases.run(phase, task)
+    return phases.finish({"commit": "c0ffee"})
 
 
 def pairs_of(folder: Path) -> list[dict]:

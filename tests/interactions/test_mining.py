@@ -121,15 +121,15 @@ def test_the_pipeline_is_the_definition(
         patch.setattr(readers, "PIECE_ROWS", 50)
         patch.setattr(mining, "_CHUNK_EVENTS", chunk)
         latest = LATEST if layout is TIMED else None
-        stages = stages_of(
+        phases = stages_of(
             [path], out, layout, config, split, latest, str(folder / "items.txt") if known else "", partitions
         )
         expected = reference.mine(rows, layout, config, split, latest, items if known else None)
         if not expected.used:
             with pytest.raises(DataError, match="could be used"):
-                run(stages)
+                run(phases)
             return
-        summary = run(stages)
+        summary = run(phases)
     assert summary["rows"] == len(rows) == summary["used"] + sum(summary["left_out"].values())
     assert summary["left_out"] == expected.left_out
     assert {name: number for name, number in summary["interactions"].items() if number} == expected.used

@@ -1,4 +1,4 @@
-"""Files of the stages: what is made again, whose folder it is, and that no row is lost; the job's command line."""
+"""Files of the phases: what is made again, whose folder it is, and that no row is lost; the job's command line."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from muser_dist.errors import DataError
-from muser_dist.interactions import readers, stages
+from muser_dist.interactions import readers, phases
 from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.mining import MiningConfig
 from muser_dist.interactions.spill import read_spill, write_spill
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.stages import STAGES
+from muser_dist.interactions.phases import PHASES
 from tests.interactions.cases import items_of, pairs_of, run, stages_of
 
 ROOT = Path(__file__).parents[2]
@@ -43,21 +43,21 @@ def test_a_job_that_was_interrupted_goes_on(log, tmp_path):
     expected = pairs_of(tmp_path / "whole")
     assert whole["rows"] == 2400 and len(expected) > 100 and not (tmp_path / "whole" / "work").exists()
     for ended in range(4):
-        # Each time a new process takes over in the middle of a stage, perhaps on another day.
+        # Each time a new process takes over in the middle of a phase, perhaps on another day.
         folder = tmp_path / f"interrupted {ended}"
         first = stages_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9)
         first.claim({})
-        for stage in STAGES[:ended]:
-            for task in first.missing(stage):
-                first.run(stage, task)
-        tasks = first.missing(STAGES[ended])
-        assert len(tasks) == first.tasks(STAGES[ended]) > 2
+        for phase in PHASES[:ended]:
+            for task in first.missing(phase):
+                first.run(phase, task)
+        tasks = first.missing(PHASES[ended])
+        assert len(tasks) == first.tasks(PHASES[ended]) > 2
         for task in tasks[1:]:
-            first.run(STAGES[ended], task)
+            first.run(PHASES[ended], task)
         again = stages_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9 + 86_400)
         again.claim({})
         assert again.job.latest == 2 * 10**9
-        assert again.missing(STAGES[ended]) == tasks[:1]
+        assert again.missing(PHASES[ended]) == tasks[:1]
         assert run(again) == whole
         assert pairs_of(folder) == expected
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -91,7 +91,7 @@ def test_partitions_pieces_and_formats_do_not_matter(log, tmp_path, monkeypatch)
 
     run(stages_of([log], tmp_path / "one", EVENTS, split=SPLIT, partitions=1))
     run(stages_of([log], tmp_path / "many", EVENTS, split=SPLIT, partitions=16))
-    monkeypatch.setattr(stages, "_FLUSH_ROWS", 100)
+    monkeypatch.setattr(phases, "_FLUSH_ROWS", 100)
     monkeypatch.setattr(readers, "BATCH_ROWS", 64)
     table = pa.csv.read_csv(log)
     for i in range(3):
@@ -138,7 +138,7 @@ def test_spilled_rows_come_back_by_partition(tmp_path):
 
 def test_what_tasks_import_is_light():
     """Neither torch nor Ray: a pool of small machines can mine, and tests of functions start fast."""
-    code = "import sys, muser_dist.interactions.stages; print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, muser_dist.interactions.phases; print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

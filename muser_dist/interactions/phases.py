@@ -1,11 +1,11 @@
-"""The stages of mining over files: which tasks there are, what each reads and writes, and what became of every row.
+"""The phases of mining over files: which tasks there are, what each reads and writes, and what became of every row.
 
     read    a piece of the log        -> interactions by user, names by item
     mine    a partition of users      -> supports by trigger, counts by item
     items   a partition of items      -> items/part-*.parquet
     pairs   a partition of triggers   -> pairs/part-*.parquet
 
-A task of a stage needs all tasks of the stages before and none of its own, runs anywhere where the folder is seen, and
+A task of a phase needs all tasks of the phases before and none of its own, runs anywhere where the folder is seen, and
 leaves its account last: what has one is never made again. `job.py` runs tasks on Ray.
 """
 
@@ -33,8 +33,8 @@ from muser_dist.interactions.reduce import reduce_items, reduce_pairs
 from muser_dist.interactions.spill import map_tables, read_spill, whole_file, write_spill, write_table
 from muser_dist.interactions.split import SplitConfig
 
-Stage = Literal["read", "mine", "items", "pairs"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+Phase = Literal["read", "mine", "items", "pairs"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 FORMAT = 1
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
@@ -80,13 +80,13 @@ class Job(Strict):
         )
 
 
-class Stages:
-    """The stages of a job, in a folder.
+class Phases:
+    """The phases of a job, in a folder.
 
     Args:
         job: what is made.
         storage: where the log lies.
-        folder: for the result, and for what lies between stages until the result is there; all nodes must see it.
+        folder: for the result, and for what lies between phases until the result is there; all nodes must see it.
     """
 
     def __init__(self, job: Job, storage: Storage, folder: Path) -> None:
@@ -130,23 +130,23 @@ class Stages:
 
     # --- Tasks ---
 
-    def tasks(self, stage: Stage) -> int:
-        """How many tasks a stage has."""
-        return len(self.job.pieces) if stage == "read" else self.job.partitions
+    def tasks(self, phase: Phase) -> int:
+        """How many tasks a phase has."""
+        return len(self.job.pieces) if phase == "read" else self.job.partitions
 
-    def missing(self, stage: Stage) -> list[int]:
-        """The tasks of a stage that have not ended."""
-        there = {path.name for path in self._work.glob(f"{stage}-*.json")}
-        return [i for i in range(self.tasks(stage)) if self._account(stage, i).name not in there]
+    def missing(self, phase: Phase) -> list[int]:
+        """The tasks of a phase that have not ended."""
+        there = {path.name for path in self._work.glob(f"{phase}-*.json")}
+        return [i for i in range(self.tasks(phase)) if self._account(phase, i).name not in there]
 
-    def run(self, stage: Stage, i: int) -> None:
+    def run(self, phase: Phase, i: int) -> None:
         """Does a task.
 
         Raises:
             DataError: of a file of the log, or of names that cannot be told apart.
         """
-        account = getattr(self, f"_{stage}")(i)
-        write_whole(self._account(stage, i), json.dumps(account))
+        account = getattr(self, f"_{phase}")(i)
+        write_whole(self._account(phase, i), json.dumps(account))
 
     def _read(self, i: int) -> dict[str, Any]:
         job = self.job
@@ -207,18 +207,18 @@ class Stages:
         """What the job has made, in numbers; there when everything else is."""
         return self.folder / SUMMARY
 
-    def _account(self, stage: Stage, i: int) -> Path:
-        return self._work / f"{stage}-{i:05d}.json"
+    def _account(self, phase: Phase, i: int) -> Path:
+        return self._work / f"{phase}-{i:05d}.json"
 
     def _spill(self, name: str, i: int, file: int = 0) -> Path:
         return self._work / f"{name}-{i:05d}-{file:05d}.arrow"
 
     def _spills(self, name: str) -> list[Path]:
-        """What all tasks of the first stage have written under a name."""
+        """What all tasks of the first phase have written under a name."""
         return sorted(self._work.glob(f"{name}-*.arrow"))
 
     def finish(self, made_by: dict[str, Any]) -> dict[str, Any]:
-        """Adds up the accounts, writes summary.json, and removes what lies between stages.
+        """Adds up the accounts, writes summary.json, and removes what lies between phases.
 
         Args:
             made_by: command, commit and versions.
@@ -229,7 +229,7 @@ class Stages:
         if self.summary_path.exists():
             shutil.rmtree(self._work, ignore_errors=True)
             return _read_json(self.summary_path)
-        accounts = [_read_json(self._account(stage, i)) for stage in STAGES for i in range(self.tasks(stage))]
+        accounts = [_read_json(self._account(phase, i)) for phase in PHASES for i in range(self.tasks(phase))]
         rows = sum(account.get("rows", 0) for account in accounts)
         added: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for account in accounts:
