@@ -158,7 +158,7 @@ def page(results: dict[str, Any], name: str) -> str:
         [
             row["rule"],
             f"{row['seconds']:.0f}",
-            *(f"{seconds:.0f}" for seconds in row["stage_seconds"].values()),
+            *(f"{seconds:.0f}" for seconds in row["phase_seconds"].values()),
             f"{setting['rows'] / row['seconds']:,.0f}",
             f"{row['peak_gib']:.2f} GiB",
             f"{row['spilled_gib']:.2f} GiB",

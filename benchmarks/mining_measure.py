@@ -17,9 +17,9 @@ from muser_dist.data.config import DataConfig
 from muser_dist.data.storage import Storage
 from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.mining import MiningConfig
+from muser_dist.interactions.phases import PHASES, Job, Phases
 from muser_dist.interactions.readers import partitions_for, pieces_of
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.phases import PHASES, Job, Phases
 
 STORE_BYTES = 512 << 20
 """Object store: what tasks return is a number each."""
@@ -111,7 +111,7 @@ def measure(
     return {
         "seconds": round(ended - started, 2),
         "startup_seconds": round(marks[0] - started, 2),
-        "stage_seconds": {s: round(b - a, 2) for s, a, b in zip(PHASES, marks, marks[1:], strict=False)},
+        "phase_seconds": {s: round(b - a, 2) for s, a, b in zip(PHASES, marks, marks[1:], strict=False)},
         "peak_gib": round(watch.peak_bytes / 2**30, 3),
         "spilled_gib": round(watch.peak_disk_bytes / 2**30, 3),
         "partitions": job.partitions,

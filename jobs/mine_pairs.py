@@ -32,9 +32,9 @@ from muser_dist.data.config import DataConfig
 from muser_dist.errors import require
 from muser_dist.interactions.log import load_layout
 from muser_dist.interactions.mining import MiningConfig, number
+from muser_dist.interactions.phases import Job, Phases
 from muser_dist.interactions.readers import partitions_for, pieces_of, read_piece
 from muser_dist.interactions.split import SplitConfig, seconds
-from muser_dist.interactions.phases import Job, Phases
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from muser_dist.interactions import readers
 from muser_dist.interactions.job import run_phases
 from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.split import SplitConfig
-from tests.interactions.cases import pairs_of, run, stages_of
+from tests.interactions.cases import pairs_of, phases_of, run
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def result(folder):
 
 def test_pairs_and_accounts_are_those_of_one_process(cluster, logs, tmp_path, capsys):
     split = SplitConfig(val_users=0.2, val_items=0.1)
-    here = run(stages_of(logs, tmp_path / "here", LAYOUTS["events"], split=split))
+    here = run(phases_of(logs, tmp_path / "here", LAYOUTS["events"], split=split))
     arguments = [f"{tmp_path}/log-*.csv", "--layout", "events", "--out", f"{tmp_path}/ray", "--partitions", "4"]
     arguments += ["--split.val-users", "0.2", "--split.val-items", "0.1"]
     job(arguments)
@@ -50,7 +50,7 @@ def test_pairs_and_accounts_are_those_of_one_process(cluster, logs, tmp_path, ca
 
 
 def test_what_was_made_stays_and_what_is_wrong_is_told(cluster, logs, tmp_path):
-    phases = stages_of(logs, tmp_path / "out", LAYOUTS["events"])
+    phases = phases_of(logs, tmp_path / "out", LAYOUTS["events"])
     phases.claim({})
     content = logs[2].read_bytes()
     logs[2].unlink()
@@ -62,5 +62,5 @@ def test_what_was_made_stays_and_what_is_wrong_is_told(cluster, logs, tmp_path):
     assert told[-1] == ("pairs", 4, 4) and ("read", 4, 4) in told
     assert len(readers.pieces_of(phases.storage, [str(path) for path in logs], LAYOUTS["events"])) == 4
     phases.finish({})
-    run(stages_of(logs, tmp_path / "here", LAYOUTS["events"]))
+    run(phases_of(logs, tmp_path / "here", LAYOUTS["events"]))
     assert result(tmp_path / "out") == result(tmp_path / "here")

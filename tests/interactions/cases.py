@@ -10,9 +10,9 @@ from muser_dist.data.config import DataConfig
 from muser_dist.data.storage import Storage
 from muser_dist.interactions.log import LogLayout
 from muser_dist.interactions.mining import MiningConfig
+from muser_dist.interactions.phases import PHASES, Job, Phases
 from muser_dist.interactions.readers import pieces_of, read_piece
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.phases import PHASES, Job, Phases
 
 STORAGE = Storage.of(DataConfig())
 COLUMNS = ("user", "item", "time", "signal", "value")
@@ -42,7 +42,7 @@ def read(path: Path, layout: LogLayout, latest: int | None = None):
     return rows, left_out
 
 
-def stages_of(
+def phases_of(
     paths: list[Path],
     folder: Path,
     layout: LogLayout,

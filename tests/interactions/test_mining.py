@@ -17,7 +17,7 @@ from muser_dist.interactions.mining import INTERACTIONS, NAMES, MiningConfig, mi
 from muser_dist.interactions.reduce import reduce_items
 from muser_dist.interactions.split import SplitConfig
 from tests.interactions import reference
-from tests.interactions.cases import items_of, pairs_of, run, stages_of, write_log
+from tests.interactions.cases import items_of, pairs_of, phases_of, run, write_log
 
 START = 1_000_000_000
 LATEST = START + 10_000
@@ -121,7 +121,7 @@ def test_the_pipeline_is_the_definition(
         patch.setattr(readers, "PIECE_ROWS", 50)
         patch.setattr(mining, "_CHUNK_EVENTS", chunk)
         latest = LATEST if layout is TIMED else None
-        phases = stages_of(
+        phases = phases_of(
             [path], out, layout, config, split, latest, str(folder / "items.txt") if known else "", partitions
         )
         expected = reference.mine(rows, layout, config, split, latest, items if known else None)
@@ -158,7 +158,7 @@ def test_a_like_after_a_play(tmp_path):
     ]
     path = write_log(tmp_path / "log.tsv", [(u, i, str(t), s, "") for u, i, t, s in rows])
     config = MiningConfig("explicit", signals=("like",), triggers=("play",), popularity=1.0)
-    run(stages_of([path], tmp_path / "out", TIMED, config))
+    run(phases_of([path], tmp_path / "out", TIMED, config))
     (pair,) = pairs_of(tmp_path / "out")
     # a was played by four, b liked by four, two of them after a.
     assert pair == {"trigger": "a", "item": "b", "weight": 2 / 16, "support": 2, "split": "train"}
@@ -177,7 +177,7 @@ def test_of_repeats_the_one_that_counts_stays(tmp_path):
     for number, order in enumerate(([0, 1, 2], [2, 1, 0])):
         cells = [(user, item, str(time), "play", value) for user, item, time, value in (rows[i] for i in order)]
         path = write_log(tmp_path / "log.tsv", cells)
-        summary = run(stages_of([path], tmp_path / str(number), TIMED, config))
+        summary = run(phases_of([path], tmp_path / str(number), TIMED, config))
         assert summary["left_out"] == {"exact repeat": 1}
         assert [(row["trigger"], row["item"]) for row in pairs_of(tmp_path / str(number))] == [("a", "b")]
 
@@ -186,7 +186,7 @@ def test_playlists_pair_neighbours_in_both_directions(tmp_path):
     path = tmp_path / "playlists.jsonl"
     path.write_text('{"id": 1, "songs": ["a", "b", "c"]}\n{"id": 2, "songs": ["b", "a"]}\n{"id": 3, "songs": []}\n')
     layout = LogLayout("id", ("songs",), lists=True)
-    summary = run(stages_of([path], tmp_path / "out", layout, MiningConfig(window=1, min_support=1)))
+    summary = run(phases_of([path], tmp_path / "out", layout, MiningConfig(window=1, min_support=1)))
     found = {(row["trigger"], row["item"]): (row["support"], row["weight"]) for row in pairs_of(tmp_path / "out")}
     assert found.keys() == {("a", "b"), ("b", "a"), ("b", "c"), ("c", "b")}
     assert found["a", "b"] == found["b", "a"] == (2, 1.0)
@@ -243,8 +243,8 @@ def test_settings_that_cannot_be(change, message):
 def test_settings_that_the_log_cannot_give(tmp_path: Path):
     path = write_log(tmp_path / "log.tsv", [("ann", "a", "1", "play", "")])
     with pytest.raises(ConfigError, match="needs to know what came first"):
-        stages_of([path], tmp_path / "out", UNORDERED, MiningConfig("explicit"))
+        phases_of([path], tmp_path / "out", UNORDERED, MiningConfig("explicit"))
     with pytest.raises(ConfigError, match="need times"):
-        stages_of([path], tmp_path / "out", PLAYLISTS, split=SplitConfig(val_from="2000-01-01"))
+        phases_of([path], tmp_path / "out", PLAYLISTS, split=SplitConfig(val_from="2000-01-01"))
     with pytest.raises(ConfigError, match="power of two"):
-        stages_of([path], tmp_path / "out", TIMED, partitions=3)
+        phases_of([path], tmp_path / "out", TIMED, partitions=3)

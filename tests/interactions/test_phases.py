@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from muser_dist.errors import DataError
-from muser_dist.interactions import readers, phases
+from muser_dist.interactions import phases, readers
 from muser_dist.interactions.log import LAYOUTS
 from muser_dist.interactions.mining import MiningConfig
+from muser_dist.interactions.phases import PHASES
 from muser_dist.interactions.spill import read_spill, write_spill
 from muser_dist.interactions.split import SplitConfig
-from muser_dist.interactions.phases import PHASES
-from tests.interactions.cases import items_of, pairs_of, run, stages_of
+from tests.interactions.cases import items_of, pairs_of, phases_of, run
 
 ROOT = Path(__file__).parents[2]
 EVENTS = LAYOUTS["events"]
@@ -39,13 +39,13 @@ def log(tmp_path, monkeypatch):
 
 
 def test_a_job_that_was_interrupted_goes_on(log, tmp_path):
-    whole = run(stages_of([log], tmp_path / "whole", EVENTS, split=SPLIT, latest=2 * 10**9))
+    whole = run(phases_of([log], tmp_path / "whole", EVENTS, split=SPLIT, latest=2 * 10**9))
     expected = pairs_of(tmp_path / "whole")
     assert whole["rows"] == 2400 and len(expected) > 100 and not (tmp_path / "whole" / "work").exists()
     for ended in range(4):
         # Each time a new process takes over in the middle of a phase, perhaps on another day.
         folder = tmp_path / f"interrupted {ended}"
-        first = stages_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9)
+        first = phases_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9)
         first.claim({})
         for phase in PHASES[:ended]:
             for task in first.missing(phase):
@@ -54,7 +54,7 @@ def test_a_job_that_was_interrupted_goes_on(log, tmp_path):
         assert len(tasks) == first.tasks(PHASES[ended]) > 2
         for task in tasks[1:]:
             first.run(PHASES[ended], task)
-        again = stages_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9 + 86_400)
+        again = phases_of([log], folder, EVENTS, split=SPLIT, latest=2 * 10**9 + 86_400)
         again.claim({})
         assert again.job.latest == 2 * 10**9
         assert again.missing(PHASES[ended]) == tasks[:1]
@@ -65,23 +65,23 @@ def test_a_job_that_was_interrupted_goes_on(log, tmp_path):
 
 
 def test_a_job_that_is_done_stays_done(log, tmp_path):
-    summary = run(stages_of([log], tmp_path / "out", EVENTS, split=SPLIT))
+    summary = run(phases_of([log], tmp_path / "out", EVENTS, split=SPLIT))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
-    again = stages_of([log], tmp_path / "out", EVENTS, split=SPLIT)
+    again = phases_of([log], tmp_path / "out", EVENTS, split=SPLIT)
     again.claim({})
     assert again.finish({}) == summary
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == before
 
 
 def test_another_job_is_refused_the_folder(log, tmp_path):
-    run(stages_of([log], tmp_path / "out", EVENTS))
+    run(phases_of([log], tmp_path / "out", EVENTS))
     for changes in ({"mining": MiningConfig(window=60)}, {"split": SPLIT}, {"partitions": 8}):
         with pytest.raises(DataError, match=rf"\({next(iter(changes))} differ\); give another --out"):
-            stages_of([log], tmp_path / "out", EVENTS, **changes).claim({})
+            phases_of([log], tmp_path / "out", EVENTS, **changes).claim({})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(DataError, match="holds something else"):
-        stages_of([log], tmp_path / "other", EVENTS).claim({})
+        phases_of([log], tmp_path / "other", EVENTS).claim({})
 
 
 def test_partitions_pieces_and_formats_do_not_matter(log, tmp_path, monkeypatch):
@@ -89,14 +89,14 @@ def test_partitions_pieces_and_formats_do_not_matter(log, tmp_path, monkeypatch)
         key = ("split", "trigger", "item")
         return sorted(pairs_of(folder), key=lambda row: [row[name] for name in key]), items_of(folder)
 
-    run(stages_of([log], tmp_path / "one", EVENTS, split=SPLIT, partitions=1))
-    run(stages_of([log], tmp_path / "many", EVENTS, split=SPLIT, partitions=16))
+    run(phases_of([log], tmp_path / "one", EVENTS, split=SPLIT, partitions=1))
+    run(phases_of([log], tmp_path / "many", EVENTS, split=SPLIT, partitions=16))
     monkeypatch.setattr(phases, "_FLUSH_ROWS", 100)
     monkeypatch.setattr(readers, "BATCH_ROWS", 64)
     table = pa.csv.read_csv(log)
     for i in range(3):
         pq.write_table(table.slice(800 * i, 800), tmp_path / f"{i}.parquet", row_group_size=300)
-    run(stages_of([tmp_path / f"{i}.parquet" for i in (2, 0, 1)], tmp_path / "parquet", EVENTS, split=SPLIT))
+    run(phases_of([tmp_path / f"{i}.parquet" for i in (2, 0, 1)], tmp_path / "parquet", EVENTS, split=SPLIT))
     expected = result(tmp_path / "one")
     assert result(tmp_path / "many") == result(tmp_path / "parquet") == expected
     assert {item["split"] for item in expected[1].values()} == {"train", "val"}
@@ -105,18 +105,18 @@ def test_partitions_pieces_and_formats_do_not_matter(log, tmp_path, monkeypatch)
 
 def test_items_that_are_not_there_are_counted(log, tmp_path):
     (tmp_path / "items.txt").write_text("".join(f"song {i}\n" for i in range(0, 60, 2)))
-    summary = run(stages_of([log], tmp_path / "out", EVENTS, items=str(tmp_path / "items.txt")))
+    summary = run(phases_of([log], tmp_path / "out", EVENTS, items=str(tmp_path / "items.txt")))
     table = pa.csv.read_csv(log)["item"].to_pylist()
     assert summary["left_out"]["unknown item"] == sum(int(item.removeprefix("song ")) % 2 for item in table)
     assert set(items_of(tmp_path / "out")) == {f"song {i}" for i in range(0, 60, 2)}
     with pytest.raises(DataError, match=r"items: .*gone\.txt cannot be read"):
-        run(stages_of([log], tmp_path / "other", EVENTS, items=str(tmp_path / "gone.txt")))
+        run(phases_of([log], tmp_path / "other", EVENTS, items=str(tmp_path / "gone.txt")))
 
 
 def test_a_log_of_which_nothing_can_be_used(log, tmp_path):
     layout = replace(EVENTS, signals={"play": "stream"})
     with pytest.raises(DataError, match=r"none of 2,400 rows .*signal not used: 2,400.*signals are: stream \(2,400\)"):
-        run(stages_of([log], tmp_path / "out", layout))
+        run(phases_of([log], tmp_path / "out", layout))
 
 
 def test_spilled_rows_come_back_by_partition(tmp_path):
