@@ -102,19 +102,19 @@ def _start(model: MultimodalModel, config: RunConfig) -> Match:
     for p, pair in enumerate(config.objective.pairs):
         if (both := frozenset((pair.first, pair.second))) in there:
             q = there.index(both)
-            new, old = (0 if of.objective.temperature.shared else at for of, at in ((config, p), (before, q)))
-            names |= {f"logits.log_scale.{new}": f"logits.log_scale.{old}", f"logits.bias.{p}": f"logits.bias.{q}"}
+            here, old = (0 if of.objective.temperature.shared else at for of, at in ((config, p), (before, q)))
+            names |= {f"logits.log_scale.{here}": f"logits.log_scale.{old}", f"logits.bias.{p}": f"logits.bias.{q}"}
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if ".front_end." not in name}
     matched, other_shape = {}, []
     with torch.no_grad():
-        for name, old in names.items():
-            if name not in wanted or old not in file:
+        for name, its in names.items():
+            if name not in wanted or its not in file:
                 continue
-            if file[old].shape != wanted[name].shape:
+            if file[its].shape != wanted[name].shape:
                 other_shape.append(name)
                 continue
-            wanted[name].copy_(file[old])
-            matched[name] = old
+            wanted[name].copy_(file[its])
+            matched[name] = its
     missing = [name for name in wanted if name not in matched and name not in other_shape]
     used = {*matched.values(), *other_shape}
     return Match(

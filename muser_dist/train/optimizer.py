@@ -27,9 +27,9 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
             parts.append((name, nn.ModuleList([model.towers[name], model.heads[name]]), lr))
         else:
             parts += [(name, model.towers[name], lr), (name, model.heads[name], tower.head_lr)]
-    for name, heads in (("label_heads", model.label_heads), ("fusion", model.fusion)):
-        if heads is not None:
-            parts.append((name, heads, config.train.lr))
+    for label, module in (("label_heads", model.label_heads), ("fusion", model.fusion)):
+        if module is not None:
+            parts.append((label, module, config.train.lr))
     parts.append(("logits", model.logits, config.train.lr))
 
     groups = []
