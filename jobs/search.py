@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from muser_dist.cli import main
+from muser_dist.cli import main, print_hits
 from muser_dist.config import Modality
 
 
@@ -32,10 +32,7 @@ def job(arguments: list[str]) -> None:
 
     index = Index.open(options.index)
     hits = Muser.from_pretrained(options.model).search(options.query, index, options.k, options.modality)
-    for hit in hits:
-        fields = "  ".join(f"{name}: {hit.metadata[name]}" for name in index.manifest.fields if hit.metadata[name])
-        line = f"{hit.score:.4f}  {hit.key}  {fields}"
-        print("".join(c if c.isprintable() else "�" for c in line).rstrip())  # names are other people's
+    print_hits(hits, index.manifest.fields)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -16,6 +16,9 @@ from muser_dist.data.config import SourceConfig, read_label_values, read_sources
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.recipes import RECIPES, find_recipe, load_recipe
 from muser_dist.sweep.config import SweepConfig
+
+if TYPE_CHECKING:
+    from muser_dist.search import Hit
 
 _T = TypeVar("_T")
 
@@ -67,6 +70,14 @@ class Progress:
             print(f"\r{line}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def print_hits(hits: "Iterable[Hit]", fields: Iterable[str]) -> None:
+    """A line for each row of an index that was found, with these fields of it."""
+    for hit in hits:
+        told = "  ".join(f"{name}: {hit.metadata[name]}" for name in fields if hit.metadata[name])
+        line = f"{hit.score:.4f}  {hit.key}  {told}"
+        print("".join(c if c.isprintable() else "�" for c in line).rstrip())  # names are other people's
 
 
 _FILES = ConstructorRegistry()

@@ -123,6 +123,35 @@ class Index:
         about = self._about(sorted({row for found in best for _, _, row in found}))
         return [[Hit(key, -score, about[row]) for score, key, row in found] for found in best]
 
+    def recommend(self, history: Sequence[str], k: int, modality: Modality | None = None) -> list[Hit]:
+        """The rows that are nearest to a listener: to the mean of the unit vectors of what they liked.
+
+        Args:
+            history: keys of rows, each of which counts once; none of them is recommended. With one key it is what
+                resembles that row.
+            k, modality: as of `search`.
+
+        Returns:
+            as of `search`.
+
+        Raises:
+            DataError: no row of the index has one of the keys, or its embedding; or as of `search`.
+        """
+        modality = modality or self.modalities[0]
+        liked = set(history)
+        require(len(liked) > 0, "history is empty; name at least one key")
+        known: dict[str, np.ndarray] = {}
+        for keys, _, embeddings in self._blocks(modality) if modality in self.modalities else ():
+            known |= {key: embeddings[i] for i, key in enumerate(keys) if key in liked}
+        if missing := sorted(liked - known.keys()):
+            raise DataError(
+                f"{self._parts.folder} has no {modality} embedding of {', '.join(missing[:3])}"
+                f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''}; keys are those of its column `key`"
+            )
+        mean = unit_rows(np.stack([known[key] for key in sorted(known)]), "embeddings").mean(axis=0)
+        (hits,) = self.search(mean[None], k + len(liked), modality)
+        return [hit for hit in hits if hit.key not in liked][:k]
+
     def _blocks(self, modality: Modality) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         """Keys, rows and embeddings (n, dim) of the rows that have one, a block at a time."""
         column = embedding_column(modality)

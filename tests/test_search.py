@@ -114,3 +114,16 @@ def test_indices_that_cannot_be_searched_say_so(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 1, "content": {}}')
     with pytest.raises(DataError, match="is broken"):
         Index.open(tmp_path)
+
+
+def test_a_listener_is_the_mean_of_what_they_liked(tmp_path):
+    vectors = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0.1], [9, 0, 0.1], [np.nan] * 3], np.float32)
+    write_index(tmp_path, [*"abcdef"], vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    index = Index.open(tmp_path)
+    # The mean of a and b is (1, 1, 0), to which d is nearest; neither of the two comes back.
+    assert [hit.key for hit in index.recommend(["a", "b", "a"], 2)] == ["d", "e"]
+    assert [hit.key for hit in index.recommend(["a"], 9)] == ["e", "d", "b", "c"]
+    with pytest.raises(DataError, match=r"has no audio embedding of f, x; keys are those"):
+        index.recommend(["a", "x", "f"], 2)
+    with pytest.raises(ConfigError, match="history is empty"):
+        index.recommend([], 2)
