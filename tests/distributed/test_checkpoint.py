@@ -108,19 +108,19 @@ def check_cells(folder: Path, cells: dict[int, list[tuple[int, int, int]]]) -> N
     for world, own in cells.items():
         run_workers(loader, world, str(folder), own)
         for saved_by, saved_at, stage in own:
-            run = folder / f"{saved_by}-{saved_at}"
+            run, cell = folder / f"{saved_by}-{saved_at}", (saved_by, saved_at, world, stage)
             saved = whole([torch.load(run / f"snapshot-{rank}.pt") for rank in range(saved_by)])
             loaded = whole([torch.load(run / f"loaded-{world}-{stage}-{rank}.pt") for rank in range(world)])
             assert saved.keys() == loaded.keys() and any(name.startswith(f"{AVERAGE}/") for name in saved)
             for name, values in saved.items():
-                assert torch.equal(loaded[name], values), (name, saved_by, saved_at, world, stage)
+                assert torch.equal(loaded[name], values), (name, cell)
             straight, resumed = torch.load(run / "straight.pt"), torch.load(run / f"resumed-{world}-{stage}.pt")
             for name, values in straight.items():
                 if (saved_by, saved_at) == (world, stage) or f"{AVERAGE}/{name}" not in saved:  # a buffer
-                    assert torch.equal(resumed[name], values), name
+                    assert torch.equal(resumed[name], values), (name, cell)
                 elif not name.endswith(("k_proj.bias", "key.bias")):  # their gradients are rounding, see test_engine
                     moved = (values.flatten() - saved[f"{AVERAGE}/{name}"]).norm()
-                    assert (resumed[name] - values).norm() <= 1e-3 * moved + 1e-6, name  # as in test_engine
+                    assert (resumed[name] - values).norm() <= 1e-3 * moved + 1e-6, (name, cell)  # as in test_engine
 
 
 def test_any_number_of_ranks_goes_on_at_any_stage_with_the_same_bits(tmp_path):
