@@ -10,7 +10,7 @@ RAY = Path(__file__).parent / "cluster"
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        starts_ray = RAY in item.path.parents or "cluster" in getattr(item, "fixturenames", ())
+        starts_ray = RAY in item.path.parents or {"cluster", "address"} & set(getattr(item, "fixturenames", ()))
         group = "ray" if starts_ray else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 
