@@ -1,5 +1,5 @@
-"""What pages tell a user to do: the commands of docs/data.md and docs/muser.md, in order, in a folder with music;
-options of all."""
+"""What pages tell a user to do: the commands of docs/data.md, docs/muser.md and docs/htcl.md, in order, in a folder with
+music; options of all."""
 
 import csv
 import json
@@ -19,6 +19,7 @@ from tests.shardmaker import INSTRUMENTS
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "data.md"
 MUSER = ROOT / "docs" / "muser.md"
+HTCL = ROOT / "docs" / "htcl.md"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,30 @@ def test_the_commands_of_the_page_on_muser(address, tmp_path):
         assert sum(pq.read_table(part).num_rows for part in parts) == rows
         assert (tmp_path / folder / "quarantine.jsonl").read_text() == ""
     assert "| train | 1 | 1 | 9 |" in (tmp_path / "gtzan-muser" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_commands_of_the_page_on_htcl(address, tmp_path):
+    make_music(tmp_path / "music")
+    tracks = tmp_path / "music" / "tracks.csv"
+    header, *rows = tracks.read_text().splitlines()
+    tracks.write_text("\n".join([f"track,{header}", *(f"t{i:02d},{row}" for i, row in enumerate(rows))]))
+    likes = ["user,item,time,signal,value"]
+    for user in range(8):  # each hears a song, and likes the next of its genre a minute later
+        for i in range(0, 62, 2):
+            song = i + user % 2
+            likes += [f"u{user},t{song:02d},{1.6e9 + 9e3 * i:.0f},play,30", ""]
+            likes += [f"u{user},t{song + 2:02d},{1.6e9 + 9e3 * i + 60:.0f},like,1"] if song + 2 < 64 else []
+    (tmp_path / "plays.csv").write_text("\n".join(filter(None, likes)))
+    page = HTCL.read_text()
+    (trial,) = re.findall(r"add\n`(--train\.samples [^`]*)`", page)
+    run_blocks(page.replace("pretrain.py htcl ", f"pretrain.py htcl_tiny {trial} "), tmp_path, address)
+    summary = json.loads((tmp_path / "pairs" / "summary.json").read_text())
+    assert summary["rows"] == summary["used"] + sum(summary["left_out"].values()) > 0
+    for stage in ("semantic", "preference"):
+        assert (tmp_path / "runs" / "songs" / stage / "report.html").exists()
+    assert sum(pq.read_table(part).num_rows for part in (tmp_path / "songs").glob("part-*.parquet")) == 64
 
 
 @pytest.mark.parametrize("job", ["embed", "search", "export"])
