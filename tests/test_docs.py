@@ -1,4 +1,4 @@
-"""What pages tell a user to do: the commands of docs/data.md, docs/muser.md and docs/htcl.md, in order, in a folder with
+"""What pages tell a user to do: the commands of data.md, muser.md and htcl.md in docs/, in order, in a folder with
 music; options of all."""
 
 import csv
