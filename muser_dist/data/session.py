@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import ray
 
-from muser_dist.errors import ClusterError
+from muser_dist.errors import ClusterError, MuserError
 
 
 @contextlib.contextmanager
@@ -25,3 +25,10 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def error_of_user(error: BaseException | None) -> MuserError | None:
+    """The error for users that Ray has wrapped, if it is one."""
+    while error is not None and not isinstance(error, MuserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error

@@ -27,10 +27,10 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.data.decoder import keep_freed_memory
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.pipeline import to_block
-from muser_dist.data.session import connected
+from muser_dist.data.session import connected, error_of_user
 from muser_dist.embed.parts import Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
-from muser_dist.errors import ClusterError, DataError, MuserError
+from muser_dist.errors import ClusterError, DataError
 from muser_dist.evaluate.retrieval import unit_rows
 from muser_dist.muser import Muser
 
@@ -86,7 +86,7 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
                         done += complete
                         progress(done, manifest.rows)
             except ray.exceptions.RayError as error:
-                if (cause := _of_user(error)) is not None:
+                if (cause := error_of_user(error)) is not None:
                     raise cause from None
                 if not isinstance(error, _DEATHS) or done == before:
                     raise ClusterError(f"embedding ended: {str(error).strip().splitlines()[-1]}") from error
@@ -94,13 +94,6 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
             assert done > before, "Ray says that all tasks ended, and nothing came"
             ranges = collector.left(ranges)
     assert collector.complete, "all tasks ended, and a part lacks rows"
-
-
-def _of_user(error: BaseException | None) -> MuserError | None:
-    """The error for users that Ray has wrapped, if it is one."""
-    while error is not None and not isinstance(error, MuserError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
 
 
 @lru_cache(maxsize=1)
