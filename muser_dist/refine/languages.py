@@ -24,7 +24,7 @@ _BY_SCRIPT = {
     "HEBREW": "he Hebrew, yi Yiddish",
     "CJK": "zh Chinese",
     "CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA": "ja Japanese",
-    "HANGUL CJK": "ko Korean",
+    "HANGUL": "ko Korean",
     "GREEK": "el Greek",
     "ARMENIAN": "hy Armenian",
     "GEORGIAN": "ka Georgian",

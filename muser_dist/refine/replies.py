@@ -17,7 +17,7 @@ from muser_dist.refine.answers import Answer
 MAX_REPLY_BYTES = 4 << 20
 """No description is longer; what is, is not read to its end."""
 
-_MOST_TOKENS = 10**8  # an endpoint that counts more counts wrong
+_MOST = 10**8  # tokens; an endpoint that counts more counts wrong
 
 _FATAL = {
     401: "refuses the key",
@@ -95,8 +95,9 @@ def _completion(values: Any) -> Reply:
     usage = values.get("usage") if isinstance(values, dict) else None
     counted = usage if isinstance(usage, dict) else {}
     input, output = counted.get("prompt_tokens"), counted.get("completion_tokens")
-    told = type(input) is int and type(output) is int and 0 <= min(input, output) <= max(input, output) <= _MOST_TOKENS
-    tokens = (input, output) if told else None
+    tokens = None
+    if isinstance(input, int) and isinstance(output, int) and 0 <= min(input, output) <= max(input, output) <= _MOST:
+        tokens = (input, output)
     try:
         choice = values["choices"][0]
         content, finish = choice["message"].get("content"), choice.get("finish_reason")

@@ -203,11 +203,11 @@ def _write(path: Path, copied: list[tuple[Sample, bytes | None]], source: Binary
             for sample, metadata in copied:
                 refined = _json_extension(sample)
                 for extension, member in sample.members.items():
-                    if metadata is None or extension != refined:
-                        _add(tar, member.name, Stored(source.fileno(), member.offset, member.size).read())
-                if metadata is not None:
-                    kept = sample.members.get(refined)
-                    _add(tar, kept.name if kept else f"{sample.key}.json", metadata)
+                    new = metadata if extension == refined else None
+                    old = Stored(source.fileno(), member.offset, member.size)
+                    _add(tar, member.name, old.read() if new is None else new)
+                if metadata is not None and refined not in sample.members:
+                    _add(tar, f"{sample.key}.json", metadata)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
