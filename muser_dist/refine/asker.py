@@ -81,7 +81,8 @@ class Asker:
         endpoint: where they go.
         ledger: writes down what is asked and answered.
         prices: of tokens.
-        progress: called with the number of items that need no more asking, each time it grows.
+        progress: called after each item that was asked about, with the number of those that need no more asking. Not
+            for what was answered before, which says nothing about the speed.
     """
 
     def __init__(
@@ -148,22 +149,18 @@ class Asker:
                         return
                     self._waiting.extend(batch)
                 request = self._waiting.popleft()
-            if request is not None and not await self._ask(session, request):
+            # An item with the same metadata may be asking the same just now.
+            if request is None or request.digest in self._asking or self.ledger.answered(request.digest):
+                self._done += 1
                 continue
-            self._done += 1
-            self.progress(self._done)
-
-    async def _ask(self, session: aiohttp.ClientSession, request: Request) -> bool:
-        """Whether the request needs no more asking."""
-        if request.digest in self._asking or self.ledger.answered(request.digest):
-            return True  # an item with the same metadata asks, or has asked, the same
-        self._asking.add(request.digest)
-        try:
-            return await self._until_answered(session, request)
-        finally:
+            self._asking.add(request.digest)
+            if await self._ask(session, request):
+                self._done += 1
+                self.progress(self._done)
             self._asking.remove(request.digest)
 
-    async def _until_answered(self, session: aiohttp.ClientSession, request: Request) -> bool:
+    async def _ask(self, session: aiohttp.ClientSession, request: Request) -> bool:
+        """Asks until there is an answer, or the item is given up; False where the job ends before."""
         most = self.prices.cost(request.most_input, request.most_output)
         paid = 0
         for attempt in range(self.endpoint.attempts):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,11 @@ def refine(
                 tokens = f"{spent.input + spent.output:,} tokens"
                 progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
 
-            batches = _requests_on_ray(index, storage, prompt)
-            Asker(endpoint, ledger, prices, asked).run(batches)
-            batches.close()  # where the cap has ended it: reads no more
+            asker = Asker(endpoint, ledger, prices, asked)
+            with closing(_requests_on_ray(index, storage, prompt)) as batches:  # reads no more where the cap ends it
+                asker.run(batches)
+            if not asker.capped:
+                asked(index.total)
             spending, write = ledger.spending, ledger.any_answer
         finally:
             ledger.close()

@@ -18,6 +18,9 @@ from muser_dist.refine.ledger import Prices
 TEXTS = {
     "en": "A calm tune for the flute in a minor key, played at dusk, called {}.",
     "fr": "Un air paisible pour la flûte en mode mineur, joué au crépuscule : {}.",
+    "es": "Una melodía tranquila para flauta en modo menor, tocada al anochecer: {}.",
+    "de": "Eine ruhige Weise für Flöte in Moll, in der Dämmerung gespielt: {}.",
+    "pt": "Uma melodia calma para flauta em modo menor, tocada ao entardecer: {}.",
     "ru": "Спокойная мелодия для флейты в миноре, её играют в сумерках: {}.",
     "el": "Μια ήρεμη μελωδία για φλάουτο σε ελάσσονα, παίζεται το σούρουπο: {}.",
     "ar": "لحن هادئ للناي في مقام صغير يُعزف عند الغسق: {}.",
