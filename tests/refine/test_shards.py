@@ -152,12 +152,16 @@ def test_what_the_cap_leaves_is_counted_and_refined_later(tmp_path):
         assert all("summary_en" in json.loads(c) for n, c in members(tmp_path / "out" / "a.tar").items() if "json" in n)
 
 
-@pytest.mark.parametrize("cut", [400, 900, 1500, 2048, 4000])
-def test_a_shard_that_breaks_off(tmp_path, cut):
-    whole = write_shard(tmp_path / "whole.tar", [piece(i) for i in range(1, 9)]).read_bytes()
+@pytest.mark.parametrize("name", ["piece008.mid", "piece008.json", "piece008.flac", "piece004.mid", "piece003.flac"])
+@pytest.mark.parametrize("kept", [-300, 0, 2, 512])
+def test_a_shard_that_breaks_off(tmp_path, name, kept):
+    """It ends before, in or after what a member holds."""
+    whole = write_shard(tmp_path / "whole.tar", [piece(i) for i in range(1, 9)])
+    with tarfile.open(whole) as tar:
+        end = tar.getmember(f"folder/{name}").offset_data + kept
     shard = tmp_path / "in" / "a.tar"
     shard.parent.mkdir()
-    shard.write_bytes(whole[: len(whole) - cut - 512 * 2])
+    shard.write_bytes(whole.read_bytes()[:end])
     with stand_in() as server:
         folder = tmp_path / "out"
         folder.mkdir()
