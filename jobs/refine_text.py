@@ -147,7 +147,8 @@ def read_key(variable: str) -> str:
     """The key, from the environment only: a command line is seen and saved in many places."""
     require(
         not variable or bool(os.environ.get(variable)),
-        f"--key-variable: there is no {variable} in the environment; export it before the command",
+        # Not quoted: somebody may have given the key itself.
+        "--key-variable: the environment has no variable of that name; give a name, and export it before the command",
     )
     return os.environ.get(variable, "") if variable else ""
 

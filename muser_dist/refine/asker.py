@@ -10,9 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
+from muser_dist.data.storage import redact
 from muser_dist.errors import EndpointError, require
 from muser_dist.refine.ledger import Ledger, Prices
 from muser_dist.refine.prompt import Request
@@ -69,9 +71,15 @@ class Endpoint:
         plain = self.key.isascii() and self.key.isprintable() and not any(map(str.isspace, self.key))
         require(plain, f"--key-variable: {self.key_variable} holds what is no key: spaces, line breaks or other signs")
 
-    def hide_key(self, text: str) -> str:
-        """The text without the key: endpoints quote what they were sent."""
-        return text.replace(self.key, "***") if self.key else text
+    @property
+    def proxy(self) -> str | None:
+        """The proxy that the environment names. (aiohttp would read .netrc too, which rules out a bearer token.)"""
+        parts = urlsplit(self.url)
+        return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
+    def without_secrets(self, text: str) -> str:
+        """The text without the key, which endpoints may quote, and without a proxy's password."""
+        return redact(text.replace(self.key, "***") if self.key else text)
 
 
 class Asker:
@@ -130,7 +138,6 @@ class Asker:
             timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout, sock_connect=_CONNECT_SECONDS),
             # A kept connection that the server closes as a request goes out looks like an answer that was lost.
             connector=aiohttp.TCPConnector(limit=self.endpoint.concurrency, force_close=True),
-            trust_env=True,  # proxies
         )
         async with session, asyncio.TaskGroup() as group:
             for _ in range(self.endpoint.concurrency):
@@ -191,7 +198,7 @@ class Asker:
             if not reply.again or paid >= _PAID_ATTEMPTS:
                 break
         reason = f"{reply.problem}, after {attempt + 1} attempts" if attempt else reply.problem
-        self.ledger.fail(request.digest, self.endpoint.hide_key(f"the endpoint gave no answer: {reason}"))
+        self.ledger.fail(request.digest, self.endpoint.without_secrets(f"the endpoint gave no answer: {reason}"))
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= max(20, 2 * self.endpoint.concurrency):
             self._stop(f"gave no answer to {self._failed_in_a_row} items in a row, to the last because: {reason}")
@@ -200,7 +207,7 @@ class Asker:
     def _stop(self, what: str) -> None:
         """Ends the job; what is on its way is waited for."""
         self._error = self._error or EndpointError(
-            self.endpoint.hide_key(f"the endpoint {self.endpoint.url} {what}. What is answered is kept")
+            self.endpoint.without_secrets(f"the endpoint {self.endpoint.url} {what}. What is answered is kept")
         )
 
     async def _pause(self, attempt: int) -> None:
@@ -228,9 +235,9 @@ class Asker:
         return None
 
     async def _send(self, session: aiohttp.ClientSession, request: Request) -> Reply:
-        url = f"{self.endpoint.url.rstrip('/')}/chat/completions"
+        url, proxy = f"{self.endpoint.url.rstrip('/')}/chat/completions", self.endpoint.proxy
         try:
-            async with session.post(url, data=request.body.encode(), allow_redirects=False) as response:
+            async with session.post(url, data=request.body.encode(), allow_redirects=False, proxy=proxy) as response:
                 body = bytearray()
                 async for block in response.content.iter_chunked(1 << 16):
                     body += block

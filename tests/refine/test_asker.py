@@ -174,6 +174,25 @@ def test_an_endpoint_that_is_of_no_use_ends_the_job(tmp_path, kind, message):
     assert all(key.encode() not in file.read_bytes() for file in tmp_path.iterdir())
 
 
+def test_proxies_of_the_environment(monkeypatch, tmp_path):
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert Endpoint("https://host/v1").proxy is None
+    with stand_in() as server:
+        proxy = server.url.removesuffix("/v1").replace("//", "//me:pass@")
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("NO_PROXY", "inside")
+        endpoint = Endpoint("http://outside:1/v1", key="sk-very-secret", concurrency=1)
+        assert endpoint.proxy == proxy and Endpoint("http://inside/v1").proxy is None
+        ledger = Ledger(tmp_path / "l", MUCH)
+        Asker(endpoint, ledger, PRICES).run(iter([items(2)]))  # to another host, which only the proxy can reach
+        ledger.close()
+        assert server.asked.total() == 2 and set(server.authorizations) == {"Bearer sk-very-secret"}
+    assert endpoint.without_secrets(f"no way through {proxy} with sk-very-secret") == (
+        f"no way through {proxy.replace('me:pass@', '')} with ***"
+    )
+
+
 def test_nobody_there(tmp_path):
     with stand_in() as server:
         pass

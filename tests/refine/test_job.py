@@ -68,7 +68,7 @@ def test_two_jobs_do_not_share_a_folder(tmp_path):
         ({"--parameters": "{"}, "--parameters is no JSON"),
         ({"--parameters": "[1]"}, "--parameters is no JSON object"),
         ({"--template": "missing.txt"}, r"--template: cannot read missing\.txt"),
-        ({"--key-variable": "NO_SUCH_KEY"}, "there is no NO_SUCH_KEY in the environment"),
+        ({"--key-variable": "NO_SUCH_KEY"}, r"has no variable of that name; give a name"),
         ({"--endpoint": "localhost"}, "--endpoint must be a URL"),
         ({"--shards": "missing-*.tar"}, "--shards: missing-"),
     ],
