@@ -54,7 +54,8 @@ class Progress:
         self.shown = 0.0
         self.kept = 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows a line; `note` ends it."""
         now = time.monotonic()
         if self.started is None:  # what an earlier run made says nothing about the speed
             self.started, self.kept = now, done
@@ -66,6 +67,7 @@ class Progress:
             line += f", {(done - self.kept) / (now - self.started):,.1f} a second"
         if self.kept < done < total:
             line += f", {(now - self.started) * (total - done) / (done - self.kept):.0f} s left"
+        line += f"; {note}" if note else ""
         if sys.stderr.isatty():
             print(f"\r{line}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
         else:

@@ -24,6 +24,10 @@ class CheckpointError(MuserError):
     """A checkpoint, an exported model or a run's folder cannot be used as given."""
 
 
+class EndpointError(MuserError):
+    """A language model's endpoint refuses what it is asked, or does not answer."""
+
+
 class StopTraining(MuserError):
     """Going on makes no sense, and neither does trying again. Raised on all ranks at once."""
 

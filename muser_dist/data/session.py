@@ -19,7 +19,7 @@ DEATHS = (
 """Errors that say that a node or process died, and nothing about what it did."""
 
 
-def of_user(error: BaseException | None) -> MuserError | None:
+def error_of_user(error: BaseException | None) -> MuserError | None:
     """The error for users that Ray has wrapped, if it is one."""
     while error is not None and not isinstance(error, MuserError):
         error = getattr(error, "cause", None) or error.__cause__

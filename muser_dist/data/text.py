@@ -16,7 +16,10 @@ from muser_dist.data.config import DataConfig
 from muser_dist.errors import ConfigError, DataError
 
 _FIELD = re.compile(r"\{(\w+)(:one)?\}")
-_WORD = re.compile(r"\w+|[^\w\s]")
+
+# To \w, vowel signs of Indic scripts, of Thai and of Hebrew are no part of a word, and would break it apart.
+_MARKS = "".join(letter for letter in map(chr, range(0x300, 0x12000)) if unicodedata.category(letter)[0] == "M")
+_WORD = re.compile(rf"\w[\w{_MARKS}]*|[^\w\s]")
 
 Value = str | list[str]
 """Of a metadata field: a sentence, or a list (of tags, or of captions)."""

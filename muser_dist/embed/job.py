@@ -27,7 +27,7 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.data.decoder import keep_freed_memory
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.pipeline import to_block
-from muser_dist.data.session import DEATHS, connected, of_user
+from muser_dist.data.session import DEATHS, connected, error_of_user
 from muser_dist.embed.parts import Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
 from muser_dist.errors import ClusterError, DataError
@@ -79,7 +79,7 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
                         done += complete
                         progress(done, manifest.rows)
             except ray.exceptions.RayError as error:
-                if (cause := of_user(error)) is not None:
+                if (cause := error_of_user(error)) is not None:
                     raise cause from None
                 if not isinstance(error, DEATHS) or done == before:
                     raise ClusterError(f"embedding ended: {str(error).strip().splitlines()[-1]}") from error

@@ -10,7 +10,7 @@ import ray.data
 import ray.exceptions
 
 from muser_dist.data.executor import TaskNumbers, set_context
-from muser_dist.data.session import DEATHS, connected, of_user
+from muser_dist.data.session import DEATHS, connected, error_of_user
 from muser_dist.errors import ClusterError
 from muser_dist.interactions.phases import PHASES, Phase, Phases
 
@@ -39,7 +39,7 @@ def run_phases(phases: Phases, progress: Callable[[Phase], Callable[[int, int], 
                     for done, _ in enumerate(_results(phases, phase, missing, cpus), start=1):
                         show(total - len(missing) + done, total)
                 except ray.exceptions.RayError as error:
-                    if (cause := of_user(error)) is not None:
+                    if (cause := error_of_user(error)) is not None:
                         raise cause from None
                     if not isinstance(error, DEATHS) or len(phases.missing(phase)) == len(missing):
                         raise ClusterError(f"mining ended: {str(error).strip().splitlines()[-1]}") from error

@@ -1,3 +1,6 @@
+import json
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -151,3 +154,37 @@ def test_half_a_surrogate_pair_is_replaced():
 def test_a_tokenizer_that_is_not_there_names_the_setting(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.tokenizer: .*missing"):
         load_tokenizer(str(tmp_path / "missing"), 0, 4)
+
+
+SENTENCES = {  # what \w alone breaks apart is among them: vowel signs, points, tone marks
+    "Latin": ("Une valse très lente", 4),
+    "Cyrillic": ("медленный вальс для скрипки", 4),
+    "Greek": ("αργό βαλς για βιολί", 4),
+    "Arabic": ("لحنٌ بطيء للكمان", 3),
+    "Hebrew": ("ואלס אִטִּי לכינור", 3),
+    "Devanagari": ("बाँसुरी की धीमी धुन", 4),
+    "Tamil": ("புல்லாங்குழலின் மெதுவான இசை", 3),
+    "Thai": ("เพลงช้าสำหรับขลุ่ย", 1),
+    "Hangul": ("바이올린을 위한 느린 왈츠", 4),
+    "Han": ("笛子独奏，缓慢的圆舞曲", 3),
+    "Kana": ("ゆっくりとした、フルートのワルツ", 3),
+    "Ethiopic": ("ቀርፋፋ የዋሽንት ዜማ", 3),
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_every_script_goes_from_metadata_to_tokens_intact(script):
+    sentence, words = SENTENCES[script]
+    tokenizer = WordTokenizer(1 << 20, 48)
+    for metadata in (json.dumps({"caption": sentence}), json.dumps({"caption": sentence}, ensure_ascii=False)):
+        said, facts = policy("{caption}").say(read_fields(metadata.encode(), None), None)
+        assert said == sentence and facts == {"caption": sentence}
+        (ids,), (length,) = tokenizer([said])
+        assert length == 1 + words  # the first says that a sentence begins
+    assert len(set(ids[:length].tolist())) == length
+    # A word has its id wherever it stands, however its letters are composed: a query finds it.
+    for query in (sentence.split()[-1], unicodedata.normalize("NFD", sentence.split()[-1])):
+        (found,), (length,) = tokenizer([query])
+        assert set(found[1:length].tolist()) <= set(ids.tolist())
+    others = {other for other in SENTENCES if other != script}
+    assert all(text_id({"caption": SENTENCES[other][0]}) != text_id(facts) for other in others)

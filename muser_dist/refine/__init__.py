@@ -1,0 +1,1 @@
+"""Descriptions out of metadata, written by a language model."""

@@ -1,0 +1,242 @@
+"""Refines on Ray: tasks read shards on all machines and write them anew; this process asks in between.
+
+The tasks neither have the key nor spend anything, so one that Ray runs again costs nothing.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+
+from muser_dist.data.executor import TaskNumbers, set_context
+from muser_dist.data.session import connected, error_of_user
+from muser_dist.data.shards import SIDECAR, ShardIndex
+from muser_dist.data.storage import Storage, redact
+from muser_dist.errors import ClusterError, ConfigError, DataError
+from muser_dist.files import write_whole
+from muser_dist.refine.asker import Asker, Endpoint
+from muser_dist.refine.ledger import UNIT, Answers, Ledger, Prices, Spending
+from muser_dist.refine.prompt import Prompt, Request
+from muser_dist.refine.shards import Record, refine_shard, requests
+
+MANIFEST, LEDGER, QUARANTINE, REPORT = "refine.json", "ledger.sqlite", "quarantine.jsonl", "report.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job has done, with all jobs in its folder before: read = refined + quarantined + left.
+
+    Attributes:
+        read, refined, quarantined, left: rows.
+        left_cost: units of money that the rows that are left cost at most.
+        spending: of all jobs.
+        written: whether there are new shards.
+    """
+
+    read: int
+    refined: int
+    quarantined: int
+    left: int
+    left_cost: int
+    spending: Spending
+    written: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, with money in the currency."""
+        spent = {
+            name: value / UNIT if name in ("cost", "presumed") else value
+            for name, value in asdict(self.spending).items()
+        }
+        return asdict(self) | {"left_cost": self.left_cost / UNIT, "spending": spent}
+
+
+def refine(
+    index: ShardIndex,
+    storage: Storage,
+    prompt: Prompt,
+    endpoint: Endpoint,
+    prices: Prices,
+    cap: int,
+    folder: Path,
+    made_by: dict[str, Any],
+    progress: Callable[[int, int, str], None],
+) -> Report:
+    """Asks about all rows of shards what was not asked yet, and writes the shards with the descriptions.
+
+    Args:
+        index: the shards and how many rows they hold.
+        storage: where they are read from.
+        prompt: what is asked.
+        endpoint: whom.
+        prices: of tokens.
+        cap: units of money that may be spent, with what jobs in the folder spent before.
+        folder: for ledger and shards; every node must see it.
+        made_by: command, commit and versions.
+        progress: called with (rows that need no more asking, rows, what was spent).
+
+    Raises:
+        ClusterError: no cluster answers, or its nodes die.
+        ConfigError: the folder cannot be written, or the new shards would overwrite others.
+        DataError: the folder is another job's; or a shard cannot be read.
+        EndpointError: the endpoint refuses, or does not answer.
+    """
+    claim(folder, index, prompt, made_by)
+    with alone_in(folder), connected():
+        ledger = Ledger(folder / LEDGER, cap)
+        try:
+
+            def asked(done: int) -> None:
+                spent = ledger.spending
+                tokens = f"{spent.input + spent.output:,} tokens"
+                progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
+
+            asker = Asker(endpoint, ledger, prices, asked)
+            with closing(_requests_on_ray(index, storage, prompt)) as batches:  # reads no more where the cap ends it
+                asker.run(batches)
+            if not asker.capped:
+                asked(index.total)
+            spending, write = ledger.spending, ledger.any_answer
+        finally:
+            ledger.close()
+        records = _records_on_ray(index, storage, prompt, folder, write)
+    return _finish(index, records, prices, spending, folder, write)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other jobs out of a folder; raises DataError where one is in it."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"another job works in {folder}; wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claim(folder: Path, index: ShardIndex, prompt: Prompt, made_by: dict[str, Any]) -> None:
+    """Makes a folder this job's.
+
+    Raises:
+        ConfigError: it cannot be written, or the new shards would overwrite others.
+        DataError: it is another job's.
+    """
+    names = [Path(url).name for url in index.urls]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--shards: two shards are called {twice}, and so would the new ones; refine them apart")
+    if any(Path(url).parent == folder for url in index.urls):
+        raise ConfigError(f"--out {folder} is where the shards lie, which would be overwritten; give another folder")
+    inputs = json.dumps([[redact(url), rows] for url, rows in zip(index.urls, index.rows.tolist(), strict=True)])
+    content = {"prompt": asdict(prompt), "shards": hashlib.sha256(inputs.encode()).hexdigest()}
+    content = json.loads(json.dumps(content))
+    path = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if strangers := sorted(folder.glob("*.tar")):
+                raise DataError(f"{strangers[0]} was there before; give another --out")
+            write_whole(path, json.dumps({"format": FORMAT, "content": content, "made_by": made_by}, indent=1))
+        there = json.loads(path.read_text())["content"]
+        before = {"shards": there["shards"], **there["prompt"]}
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to {folder} ({error.strerror}); give another") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is broken ({error}); give another --out") from None
+    mine = {"shards": content["shards"], **content["prompt"]}
+    if changed := [name for name, value in mine.items() if before.get(name) != value]:
+        raise DataError(
+            f"{folder} is of a job with other settings or shards ({', '.join(changed)} differ; {MANIFEST} holds "
+            "its own); give another --out"
+        )
+
+
+def _requests_on_ray(
+    index: ShardIndex, storage: Storage, prompt: Prompt
+) -> Generator[list[Request | None], None, None]:
+    """Yields the requests about all shards, in batches."""
+
+    def read(shard: int) -> Iterator[str]:
+        for batch in requests(storage, index.url(shard), prompt):
+            yield json.dumps([request and asdict(request) for request in batch])
+
+    for batch in _on_ray(len(index), read):
+        yield [request and Request(**request) for request in json.loads(batch)]
+
+
+def _records_on_ray(index: ShardIndex, storage: Storage, prompt: Prompt, folder: Path, write: bool) -> list[Record]:
+    """Writes all shards; returns what became of their rows."""
+
+    def refined(shard: int) -> Iterator[str]:
+        answers = Answers(folder / LEDGER)
+        try:
+            rows = int(index.rows[shard])
+            record = refine_shard(storage, index.url(shard), rows, prompt, answers, folder, write)
+        except OSError as error:
+            raise DataError(f"--out: cannot write {Path(index.url(shard)).name} to {folder} ({error})") from None
+        finally:
+            answers.close()
+        yield json.dumps([shard, asdict(record)])
+
+    records = [json.loads(record) for record in _on_ray(len(index), refined)]
+    assert sorted(shard for shard, _ in records) == list(range(len(index))), "a shard is missing, or there twice"
+    return [TypeAdapter(Record).validate_python(record) for _, record in sorted(records, key=lambda record: record[0])]
+
+
+def _on_ray(count: int, work: Callable[[int], Iterator[str]]) -> Iterator[str]:
+    """Yields what `work` yields for the numbers from 0 to count - 1, each a task with a CPU, in any order."""
+    slots = int(ray.cluster_resources().get("CPU", 0))
+    if slots < 1:
+        raise ClusterError("the cluster has no CPU that could read shards; start nodes with --num-cpus")
+
+    def task(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        return (pa.table({"made": [text]}) for number in batch["id"].tolist() for text in work(number))
+
+    set_context(slots)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = TaskNumbers(count, slots).dataset().map_batches(task, batch_size=None, num_cpus=1)
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
+            yield from block["made"].tolist()
+    except ray.exceptions.RayError as error:
+        if (cause := error_of_user(error)) is not None:
+            raise cause from None
+        last = str(error).strip().splitlines()[-1]
+        raise ClusterError(f"reading or writing shards ended: {last}; the same command goes on") from error
+
+
+def _finish(
+    index: ShardIndex, records: list[Record], prices: Prices, spending: Spending, folder: Path, written: bool
+) -> Report:
+    """Writes the list of what got no descriptions, the report and the index of the new shards."""
+    problems = [problem for record in records for problem in record.problems]
+    report = Report(
+        read=sum(record.read for record in records),
+        refined=sum(record.refined for record in records),
+        quarantined=len(problems),
+        left=sum(record.left for record in records),
+        left_cost=sum(prices.cost(record.left_input, record.left_output) for record in records),
+        spending=spending,
+        written=written,
+    )
+    assert report.read == report.refined + report.quarantined + report.left
+    write_whole(folder / QUARANTINE, "".join(json.dumps(problem) + "\n" for problem in problems))
+    if written:
+        rows = {Path(url).name: record.rows for url, record in zip(index.urls, records, strict=True)}
+        write_whole(folder / SIDECAR, json.dumps({"format": 1, "rows": rows}, indent=1))
+    write_whole(folder / REPORT, json.dumps(report.to_dict(), indent=1))
+    return report
