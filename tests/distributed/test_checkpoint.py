@@ -106,8 +106,8 @@ def check_cells(folder: Path, cells: dict[int, list[tuple[int, int, int]]]) -> N
         stages = sorted({at for own in cells.values() for by, at, _ in own if by == saved_by})
         run_workers(saver, saved_by, str(folder), stages)
     for world, own in cells.items():
-        # ZeRO-3 leaves another torch.nn.functional.linear behind in its process, which sums biases' gradients in another
-        # order; a run has one engine in a process. So its cells are the last ones here, as the saver's stages are.
+        # ZeRO-3 leaves another torch.nn.functional.linear behind in its process, which sums gradients of biases in
+        # another order; a run has one engine in a process. So its cells are the last ones, as the saver's stages are.
         run_workers(loader, world, str(folder), sorted(own, key=lambda cell: cell[2]))
         for saved_by, saved_at, stage in own:
             run, cell = folder / f"{saved_by}-{saved_at}", (saved_by, saved_at, world, stage)
