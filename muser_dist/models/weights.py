@@ -102,8 +102,8 @@ def _start(model: MultimodalModel, config: RunConfig) -> Match:
     for p, pair in enumerate(config.objective.pairs):
         if (both := frozenset((pair.first, pair.second))) in there:
             q = there.index(both)
-            new, old = (0 if of.objective.temperature.shared else at for of, at in ((config, p), (before, q)))
-            names |= {f"logits.log_scale.{new}": f"logits.log_scale.{old}", f"logits.bias.{p}": f"logits.bias.{q}"}
+            mine, its = (0 if of.objective.temperature.shared else at for of, at in ((config, p), (before, q)))
+            names |= {f"logits.log_scale.{mine}": f"logits.log_scale.{its}", f"logits.bias.{p}": f"logits.bias.{q}"}
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if ".front_end." not in name}
     matched, other_shape = {}, []
     with torch.no_grad():

@@ -6,7 +6,7 @@ brings their sounds together, L3 the sound of each to the fusion of sound and te
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from muser_dist.config import (
     DataConfig,
@@ -91,7 +91,9 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
             ),
             train=replace(semantic.train, lr=1e-3, clip_norm=1.0),
         )
-    towers = {name: replace(tower, lr=1e-4 if tiny else 1e-5) for name, tower in semantic.model.towers().items()}
+    towers: dict[str, Any] = {
+        name: replace(tower, lr=1e-4 if tiny else 1e-5) for name, tower in semantic.model.towers().items()
+    }
     preference = replace(
         semantic,
         model=replace(semantic.model, **towers),
