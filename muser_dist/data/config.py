@@ -148,11 +148,14 @@ class DataConfig(Strict):
     """What becomes of scores and MIDI, where the model has a tower that reads them."""
     templates: tuple[str, ...] = ("{caption}",)
     """Sentences over the metadata fields, one chosen per row and pass. A clause (between commas)
-    that needs a missing field is left out. {captions:one} draws one entry of a list."""
+    that needs a missing field is left out. {captions:one} draws one entry of a list. Bars make lines:
+    '{title} | {tags}' shows title and each tag in any order, some of them dropped (line_dropout). A template that comes
+    twice is chosen twice as often."""
     field_dropout: float = 0.0
     """Probability with which each metadata field counts as missing, in training."""
     line_dropout: float = 0.0
-    """Probability with which each line of a value of several lines is left out, in training."""
+    """Probability with which each line of a value of several lines, or of a template with bars, is left out, in
+    training."""
     languages: tuple[str, ...] = ()
     """Where a value is an object {language: text}, the languages that are drawn from; all when empty."""
     label: str = ""
