@@ -291,7 +291,7 @@ class Muser:
 
         Args:
             query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
-                were; or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
+                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
             index: `Index.open` of a folder that jobs/embed.py made with this model.
             k: most rows.
             modality: whose embeddings are searched; the index's first by default.
@@ -309,9 +309,10 @@ class Muser:
             embedding = query
         elif isinstance(query, str) and not os.path.isfile(query):
             embedding = self.encode_text([query])[0]
+        elif heard := [name for name in (modality, *self.config.model.towers()) if name in ("audio", "spectrogram")]:
+            (embedding,) = self._encode_clips(heard[0], [query], None, manifest.windows, manifest.hop_seconds)
         else:
-            heard = next(name for name in (modality, *self.config.model.towers()) if name not in ("symbolic", "text"))
-            (embedding,) = self._encode_clips(heard, [query], None, manifest.windows, manifest.hop_seconds)
+            (embedding,) = self.encode_symbolic([query])
         (hits,) = index.search(embedding[None], k, modality)
         return hits
 

@@ -1,5 +1,5 @@
-"""What pages tell a user to do: the commands of docs/data.md and docs/muser.md, in order, in a folder with music;
-options of all."""
+"""What pages tell a user to do: the commands of docs/data.md, docs/muser.md and docs/clamp.md, in order, in a folder with
+music; options of all."""
 
 import csv
 import json
@@ -14,11 +14,14 @@ import pytest
 import ray
 
 from tests.data.corpora.layouts import LAYOUTS, audio
+from tests.data.symbolic.notation import note, score
+from tests.scores import abc, midi, write_scores
 from tests.shardmaker import INSTRUMENTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "data.md"
 MUSER = ROOT / "docs" / "muser.md"
+CLAMP = ROOT / "docs" / "clamp.md"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,23 @@ def test_the_commands_of_the_page_on_muser(address, tmp_path):
         assert sum(pq.read_table(part).num_rows for part in parts) == rows
         assert (tmp_path / folder / "quarantine.jsonl").read_text() == ""
     assert "| train | 1 | 1 | 9 |" in (tmp_path / "gtzan-muser" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_page_on_clamp(address, tmp_path, monkeypatch):
+    write_scores(tmp_path / "music", 24, name="pdtunes-train")
+    write_scores(tmp_path / "music", 8, name="pdtunes-val")
+    monkeypatch.setenv("PDTUNES", str(tmp_path / "music"))
+    sheet = score([[note("C5", 32)]]).encode()
+    for name, data in {"jig.abc": abc(1), "jig.mid": midi(1), "sheet.musicxml": sheet}.items():
+        (tmp_path / name).write_bytes(data)
+    (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", CLAMP.read_text(), re.S)
+    (tmp_path / "my_recipes.py").write_text(own)
+    trial = "--train.samples 32 --train.global-batch 8 --train.chunk 4 --train.warmup-samples 8"
+    run_blocks(re.sub(r"pretrain\.py (\S+) ", rf"pretrain.py \1 {trial} ", CLAMP.read_text()), tmp_path, address)
+    scores = json.loads((tmp_path / "runs" / "align" / "evaluation.json").read_text())
+    assert {"text->symbolic", "text->notation", "symbolic->notation"} <= scores["retrieval"].keys()
 
 
 @pytest.mark.parametrize("job", ["embed", "search", "export"])

@@ -1,6 +1,11 @@
 """CLaMP 2's recipes: published sizes, losses by hand, what a stage takes over, and texts in many scripts."""
 
+import re
+import shlex
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -125,3 +130,23 @@ def test_texts_in_many_scripts_find_themselves():
     embedded = muser.encode_text(said)
     assert (embedded @ muser.encode_text(titles).T).argmax(axis=1).tolist() == list(range(len(titles)))
     assert (embedded @ embedded.T - 2 * np.eye(len(titles))).max() < 0.999
+
+
+def test_the_commands_of_the_page_name_recipes_and_options_that_exist(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "clamp.md").read_text()
+    (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", page, re.S)
+    module = ModuleType("my_recipes")
+    exec(own, module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_recipes", module)
+    commands = re.findall(r"python jobs/pretrain\.py ((?:\\\n|[^\n`])*)", page)
+    runs = [parse_runs(shlex.split(command), "jobs/pretrain.py") for command in commands]
+    assert [len(stages) for stages in runs] == [2, 1, 1]
+    assert [len(config.objective.pairs) for config in runs[2]] == [2]
+    (options,) = re.findall(r"^```\n(--data\.templates .*)\n```", page, re.M)
+    (*_, align) = parse_runs(["clamp2", *shlex.split(options)], "jobs/pretrain.py")
+    assert len(align.data.templates) == 4
+    for option in re.findall(r"`(--[a-z0-9.-]+[^`]*)`", page):
+        words = shlex.split(option.replace("\n", " "))
+        if words[0].startswith("--model.text"):
+            continue  # of a tower that is not in the first stage
+        assert parse_runs(["clamp2", *words], "jobs/pretrain.py")
