@@ -291,7 +291,8 @@ class Muser:
 
         Args:
             query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
-                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
+                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is
+                such a file, and a sentence otherwise.
             index: `Index.open` of a folder that jobs/embed.py made with this model.
             k: most rows.
             modality: whose embeddings are searched; the index's first by default.

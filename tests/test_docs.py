@@ -1,5 +1,5 @@
-"""What pages tell a user to do: the commands of docs/data.md, docs/muser.md and docs/clamp.md, in order, in a folder with
-music; options of all."""
+"""What pages tell a user to do: the commands of data.md, muser.md and clamp.md, in order, in a folder with music;
+options of all."""
 
 import csv
 import json
