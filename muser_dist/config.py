@@ -116,7 +116,7 @@ class RunConfig(Strict):
                 f"--model.{name}.freeze-head)",
             )
         require(
-            not all(towers[name].freeze_head for name in self.encoded) or ":" in objective,
+            not self.objective.pairs or not all(towers[name].freeze_head for name in self.encoded),
             f"model: freeze and freeze_head keep all that is encoded ({', '.join(self.encoded)}) as it is, so nothing "
             "would be trained",
         )

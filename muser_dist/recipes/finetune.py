@@ -48,6 +48,7 @@ def finetune(start: str, tower: str | None = None) -> RunConfig:
         weights=start if pretrained else "",
         lr=TOWER_LR if pretrained else None,
         freeze=False,
+        freeze_head=False,
         cache_rows=0,
     )
     model: dict[str, Any] = {name: kept}

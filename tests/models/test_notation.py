@@ -273,10 +273,11 @@ def test_what_is_wrong_with_a_piece_is_named(muser, tmp_path):
 
 
 def test_a_tower_of_notation_can_be_fine_tuned_and_classifies_pieces(tmp_path):
-    config = symbolic_config()
+    config = with_towers(symbolic_config(), symbolic=KEPT)  # which fine-tuning does not
     save_model(tmp_path / "run" / "model", MultimodalModel(config).state_dict(), config)
     tuned = finetune(str(tmp_path / "run"), "symbolic")
     data = replace(tuned.data, classes=("instrument",), label_values={"instrument": ("flute", "horn")})
     tuned = replace(tuned, data=data)
+    assert not tuned.model.symbolic.freeze
     muser = Muser(MultimodalModel(tuned), tuned)
     assert muser.classify([abc(1), midi(2)])["instrument"].shape == (2, 2)
