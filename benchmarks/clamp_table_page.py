@@ -24,7 +24,7 @@ def page(results: dict[str, Any], name: str) -> str:
     chances = {title: rows[0]["retrieval"][key]["chance_MRR"] for title, key in _DIRECTIONS.items()}
     parts = [
         head("CLaMP 2 with and without its pretraining", results, name),
-        f"{len(pretraining)} seeds; each alignment trains on {results['samples']:,} pieces "
+        f"Seeds: {len(pretraining)}. Each alignment trains on {results['samples']:,} pieces "
         f"({sum(trained) / 60 / len(trained):.1f} minutes of one thread on average), the pretraining on "
         f"{results['m3_samples']:,} ({before:.1f} minutes), in which the loss in nats for each character falls from "
         f"{ends[0]} to {ends[1]}. Figures are means over seeds, with the least and the greatest. Of the ABC headers M, "

@@ -312,8 +312,10 @@ class Muser:
             embedding = self.encode_text([query])[0]
         elif heard := [name for name in (modality, *self.config.model.towers()) if name in ("audio", "spectrogram")]:
             (embedding,) = self._encode_clips(heard[0], [query], None, manifest.windows, manifest.hop_seconds)
-        else:
+        elif not isinstance(query, np.ndarray):
             (embedding,) = self.encode_symbolic([query])
+        else:
+            raise ConfigError("this model hears nothing; give a sentence, or the path of a piece")
         (hits,) = index.search(embedding[None], k, modality)
         return hits
 

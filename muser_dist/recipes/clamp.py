@@ -70,7 +70,7 @@ def clamp2(size: ClampSize = "base") -> Stages:
     each, dot products of embeddings as they are with the constant scale 1, 1024 rows in a batch, AdamW at 5e-5. Half of
     the texts are metadata, of which each line stays with probability 1/2, in any order; a quarter is `summary_en`, a
     quarter one of the languages of `summary`, an object {language: text}. XLM-R and its tokenizer come from the hub, or
-    from a folder (--align.data.tokenizer, --align.model.text.options model FOLDER, --align.model.text.weights FOLDER).
+    from a folder (--align.data.tokenizer, --align.model.text.options.model FOLDER, --align.model.text.weights FOLDER).
 
     "tiny" is for two cores: towers from random weights, and cosines with a learned temperature, which small embeddings
     that start at random need.

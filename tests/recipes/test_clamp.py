@@ -138,7 +138,7 @@ def test_the_commands_of_the_page_name_recipes_and_options_that_exist(monkeypatc
     module = ModuleType("my_recipes")
     exec(own, module.__dict__)
     monkeypatch.setitem(sys.modules, "my_recipes", module)
-    commands = re.findall(r"python jobs/pretrain\.py ((?:\\\n|[^\n`])*)", page)
+    commands = re.findall(r"python jobs/pretrain\.py ([^\n`]*)", page.replace("\\\n", " "))
     runs = [parse_runs(shlex.split(command), "jobs/pretrain.py") for command in commands]
     assert [len(stages) for stages in runs] == [2, 1, 1]
     assert [len(config.objective.pairs) for config in runs[2]] == [2]
