@@ -98,7 +98,7 @@ def _our_decode(metadata: bytes, sound: bytes, rng: np.random.Generator, tuned: 
 
 @lru_cache
 def _keep_freed_memory() -> None:
-    from muser_dist.data.decoder import keep_freed_memory
+    from muser_dist.data.decoder_child import keep_freed_memory
 
     keep_freed_memory()
 

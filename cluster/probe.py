@@ -74,7 +74,7 @@ class Probe:
         from muser_dist.data.audio import decode
         from muser_dist.data.config import DataConfig  # a node without it can still say so
         from muser_dist.data.corpora.demo import compose
-        from muser_dist.data.decoder import keep_freed_memory
+        from muser_dist.data.decoder_child import keep_freed_memory
 
         keep_freed_memory()  # as decoding slots do
         config, encoded = DataConfig(), io.BytesIO()

@@ -76,6 +76,10 @@ def job(arguments: list[str]) -> None:
 
     model = options.model.absolute()  # actors run in other working directories
     muser = Muser.from_pretrained(model)
+    require(
+        "symbolic" not in options.modalities,
+        "--modalities: this job embeds clips and texts; notation is embedded by Muser.encode_symbolic",
+    )
     missing = [name for name in options.modalities if name not in muser.modalities]
     require(
         not missing, f"--modalities: the model has no {', '.join(missing)} tower, only {', '.join(muser.modalities)}"

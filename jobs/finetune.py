@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from muser_dist.cli import main, train_job
+from muser_dist.config import MODALITIES
 
 
 def job(arguments: list[str]) -> None:
@@ -24,7 +25,7 @@ def job(arguments: list[str]) -> None:
         print(__doc__)
         sys.exit(0 if arguments else 2)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tower", choices=("audio", "spectrogram", "text"))
+    parser.add_argument("--tower", choices=MODALITIES)
     options, rest = parser.parse_known_args(arguments)
     from muser_dist.recipes.finetune import finetune  # after the options: importing torch takes seconds
 

@@ -15,15 +15,17 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from muser_dist.data.config import DataConfig, Strict
+from muser_dist.data.config import DataConfig
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.config import MODALITIES as MODALITIES
 from muser_dist.models.config import Modality as Modality
 from muser_dist.models.config import ModelConfig as ModelConfig
 from muser_dist.models.config import TowerConfig as TowerConfig
-from muser_dist.objectives.config import WITHOUT_PAIRS, Feature, ObjectiveConfig
+from muser_dist.objectives.config import TOWER_OF, WITHOUT_PAIRS, ObjectiveConfig
+from muser_dist.objectives.config import Feature as Feature
 from muser_dist.objectives.config import PairConfig as PairConfig
 from muser_dist.objectives.config import TemperatureConfig as TemperatureConfig
+from muser_dist.strict import Strict
 from muser_dist.train.config import TrainConfig
 
 
@@ -66,16 +68,18 @@ class RunConfig(Strict):
     def __post_init__(self) -> None:
         towers = self.model.towers()
         objective = self.objective.name
-        used: set[str] = set(towers) if objective in WITHOUT_PAIRS else set()
         for pair in self.objective.pairs:
-            for name in (pair.first, pair.second):
-                tower_name = {"view": "audio", "partner": pair.first, "fused": "text"}.get(name, name)
+            for tower_name in pair.towers:
                 require(
                     tower_name in towers,
                     f"objective.pairs contrasts {pair.first} with {pair.second}, but model.{tower_name} is None; "
                     f"the model has {', '.join(towers)}",
                 )
-                used.add(tower_name)
+            require(
+                "notation" not in (pair.first, pair.second) or len(self.data.symbolic.notations) == 2,
+                f"objective.pairs contrasts {pair.first} with {pair.second}, of two notations, and "
+                f"data.symbolic.notations is only {self.data.symbolic.notations[0]}; give abc and midi",
+            )
         of_songs = any(pair.of_songs for pair in self.objective.pairs)
         require(
             of_songs or not self.data.pairs or ":" in self.objective.name,
@@ -106,10 +110,16 @@ class RunConfig(Strict):
                 f'model.{name}.build: m3_pretraining is for the objective "masked_patches"; with {objective!r} take m3',
             )
             require(
-                name in used or ":" in objective,
-                f"model.{name}: no pair of objective.pairs names it, so it would not be trained; name it in a pair, or "
-                "leave the tower out (None in a recipe)",
+                name in self.encoded or tower.freeze_head,
+                f"model.{name}: no pair of objective.pairs names it, so it would not be trained; name it in a pair, "
+                f"leave the tower out (None in a recipe), or keep it as it is (--model.{name}.freeze "
+                f"--model.{name}.freeze-head)",
             )
+        require(
+            not self.objective.pairs or not all(towers[name].freeze_head for name in self.encoded),
+            f"model: freeze and freeze_head keep all that is encoded ({', '.join(self.encoded)}) as it is, so nothing "
+            "would be trained",
+        )
         require(
             max(self.objective.dims, default=0) <= self.model.projection_dim,
             f"objective.dims goes beyond model.projection_dim ({self.model.projection_dim})",
@@ -152,10 +162,29 @@ class RunConfig(Strict):
         return replace(self, model=replace(self.model, **towers))
 
     @property
+    def encoded(self) -> tuple[Modality, ...]:
+        """The towers that run in training: all but those that no pair names, which are kept as they are."""
+        named = {name for pair in self.objective.pairs for name in pair.towers}
+        all_run = self.objective.name in WITHOUT_PAIRS or ":" in self.objective.name
+        return tuple(name for name in self.model.towers() if all_run or name in named)
+
+    @property
     def features(self) -> tuple[Feature, ...]:
-        """What the model embeds in training: the modality of each tower, and "view" where a pair names it."""
-        views = any("view" in (pair.first, pair.second) for pair in self.objective.pairs)
-        return (*self.model.towers(), "view") if views else tuple(self.model.towers())
+        """What the model embeds in training: the modality of each tower that runs, and "view" and "notation" where a
+        pair names them."""
+        named = {name for pair in self.objective.pairs for name in (pair.first, pair.second)}
+        return (*self.encoded, *(name for name in TOWER_OF if name in named))
+
+    @property
+    def evaluated(self) -> tuple[Feature, ...]:
+        """What is embedded in evaluation: the modality of each tower; and behind symbolic, which is the first of
+        data.symbolic.notations that a row has, "notation", the other one, where these are two."""
+        found: list[Feature] = []
+        for name in self.model.towers():
+            found.append(name)
+            if name == "symbolic" and len(self.data.symbolic.notations) == 2:
+                found.append("notation")
+        return tuple(found)
 
     @property
     def taking_part(self) -> tuple[tuple[str, str], ...]:

@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from muser_dist.config import Modality, RunConfig, from_dict, to_dict
-from muser_dist.data.audio import decode, read_blocks, to_int16
+from muser_dist.config import Feature, Modality, RunConfig, from_dict, to_dict
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
-from muser_dist.data.windows import Windows, cut_windows
-from muser_dist.errors import CheckpointError, ConfigError, DataError, require
+from muser_dist.data.windows import Clip, Windows, hear
+from muser_dist.errors import CheckpointError, ConfigError, require
 from muser_dist.evaluate.retrieval import unit_rows
 from muser_dist.files import write_whole
 from muser_dist.models.huggingface import self_contained
 from muser_dist.models.model import MultimodalModel
+from muser_dist.objectives.config import TOWER_OF
 
 if TYPE_CHECKING:
     from muser_dist.search import Hit, Index
@@ -36,9 +36,6 @@ _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 _MOST_WINDOWS = 32
 
 _T = TypeVar("_T")
-
-Clip = str | Path | bytes | np.ndarray
-"""A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
 
 
 def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
@@ -61,12 +58,14 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     write_whole(folder / _CONFIG, json.dumps(content, indent=2))
 
 
-_INPUTS = {
+_INPUTS: dict[str, tuple[str, str]] = {
     "audio": ("audio", "audio_length"),
     "spectrogram": ("audio", "audio_length"),
+    "symbolic": ("patches", "patches_length"),
+    "notation": ("notation_patches", "notation_length"),
     "text": ("text_ids", "text_length"),
 }
-"""By tower, the arrays of a chunk that it reads; spectrograms are made where the model is."""
+"""The arrays of a chunk that what is embedded is in; spectrograms are made where the model is."""
 
 
 def exported_weights(folder: str | Path) -> Path:
@@ -149,20 +148,22 @@ class Muser:
         return self.model.dim
 
     @property
-    def modalities(self) -> tuple[Modality, ...]:
-        """What the model can encode."""
-        return tuple(self.config.model.towers())
+    def modalities(self) -> tuple[Feature, ...]:
+        """What of a chunk the model can encode: the modalities of its towers, and "notation", a piece's other notation,
+        where data.symbolic.notations has two."""
+        return self.config.evaluated
 
     @property
     def label_values(self) -> dict[str, tuple[str, ...]]:
         """By metadata field, the values that `classify` tells apart; empty where the model learned no labels."""
         return dict(self.config.data.label_values)
 
-    def classify(self, clips: Sequence[Clip], sample_rate: int | None = None) -> dict[str, np.ndarray]:
-        """What the model's heads say of clips, or of sentences where it reads texts.
+    def classify(self, clips: Sequence[Any], sample_rate: int | None = None) -> dict[str, np.ndarray]:
+        """What the model's heads say of clips, or of sentences or pieces where it reads texts or notation.
 
         Args:
-            clips, sample_rate: as of `encode_audio`; of longer clips the middle crop is heard.
+            clips, sample_rate: as of `encode_audio`; of longer clips the middle crop is heard. Or as of `encode_text`;
+                or of `encode_symbolic`, and of longer pieces the head is read.
 
         Returns:
             probabilities by metadata field: (len(clips), values) float32, in the order of `label_values`. Those of a
@@ -178,7 +179,10 @@ class Muser:
         width: int = self.model.towers[name].width  # type: ignore[assignment]
         features = [np.zeros((0, width), np.float32)]
         for part in _batches(clips, self.window_batch):
-            arrays = self._read(part) if name == "text" else self._middles(part, sample_rate)
+            if name == "text":
+                arrays = self._read(part)
+            else:
+                arrays = self._heads(part) if name == "symbolic" else self._middles(part, sample_rate)
             features.append(self._forward(name, arrays)[1])
         return self.classify_features(np.concatenate(features))
 
@@ -245,21 +249,50 @@ class Muser:
         parts = [self._forward("text", self._read(part))[0] for part in _batches(sentences, self.config.train.chunk)]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
-    def encode_chunks(self, modality: Modality, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
+    def encode_symbolic(self, pieces: Sequence[str | Path | bytes]) -> np.ndarray:
+        """Embeds scores and MIDI with the symbolic tower.
+
+        A tower reads `config.data.symbolic.max_patches` at a time. A longer piece is cut into windows of as many, of
+        which the last one ends with the piece. Its embedding is the mean of the windows' embeddings of unit length,
+        each weighted with the patches that no window before it had, made unit length (as CLaMP 3's released code does
+        with embeddings as they are).
+
+        Args:
+            pieces: paths, or bytes, of ABC, MusicXML (.mxl too) or MIDI; their content tells which.
+
+        Returns:
+            (len(pieces), dim) float32 of unit length.
+
+        Raises:
+            DataError: a piece is broken, has no notes or is too large; the message says which.
+        """
+        if isinstance(pieces, (str, Path, bytes)):
+            raise TypeError("encode_symbolic takes a list of pieces; wrap the one you have in [ ]")
+        sums = np.zeros((len(pieces), self.dim))
+        windows = ((number, *window) for number, piece in enumerate(pieces) for window in self._read_piece(piece))
+        for part in _batches(windows, self.window_batch):
+            numbers, patches, lengths, new = zip(*part, strict=True)
+            arrays = {"patches": np.stack(patches), "patches_length": np.array(lengths, np.int32)}
+            np.add.at(sums, list(numbers), np.array(new)[:, None] * self._forward("symbolic", arrays)[0])
+        return unit_rows(sums, "the pieces' embeddings").astype(np.float32)
+
+    def encode_chunks(self, modality: Feature, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
         parts = [self.encode_chunk(modality, chunk)[0] for chunk in chunks]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
-    def encode_chunk(self, modality: Modality, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_chunk(self, modality: Feature, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Embeds one chunk: as `encode_chunks`, and the tower's output before its head, (rows, width) float32."""
-        return self._forward(modality, {name: chunk[name] for name in _INPUTS[modality]})
+        tower = TOWER_OF.get(modality, modality)
+        return self._forward(tower, {read: chunk[n] for read, n in zip(_INPUTS[tower], _INPUTS[modality], strict=True)})
 
     def search(self, query: "str | Clip", index: "Index", k: int = 10, modality: Modality | None = None) -> "list[Hit]":
         """The rows of an index that are nearest to a query by cosine.
 
         Args:
             query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
-                were; or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
+                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is
+                such a file, and a sentence otherwise.
             index: `Index.open` of a folder that jobs/embed.py made with this model.
             k: most rows.
             modality: whose embeddings are searched; the index's first by default.
@@ -277,9 +310,12 @@ class Muser:
             embedding = query
         elif isinstance(query, str) and not os.path.isfile(query):
             embedding = self.encode_text([query])[0]
+        elif heard := [name for name in (modality, *self.config.model.towers()) if name in ("audio", "spectrogram")]:
+            (embedding,) = self._encode_clips(heard[0], [query], None, manifest.windows, manifest.hop_seconds)
+        elif not isinstance(query, np.ndarray):
+            (embedding,) = self.encode_symbolic([query])
         else:
-            heard = next(name for name in (modality, *self.modalities) if name != "text")
-            (embedding,) = self._encode_clips(heard, [query], None, manifest.windows, manifest.hop_seconds)
+            raise ConfigError("this model hears nothing; give a sentence, or the path of a piece")
         (hits,) = index.search(embedding[None], k, modality)
         return hits
 
@@ -299,7 +335,7 @@ class Muser:
         heard = (
             (number, *window)
             for number, clip in enumerate(clips)
-            for window in self._hear(clip, sample_rate, windows, hop)
+            for window in hear(clip, self.config.data, sample_rate, windows, hop)
         )
         for part in _batches(heard, self.window_batch):
             numbers, waveforms, lengths = zip(*part, strict=True)
@@ -307,51 +343,34 @@ class Muser:
             np.add.at(sums, list(numbers), self._forward(modality, arrays)[0])
         return unit_rows(sums, "the clips' embeddings").astype(np.float32)
 
+    def _read_piece(self, piece: str | Path | bytes) -> Iterator[tuple[np.ndarray, int, int]]:
+        from muser_dist.data.symbolic.encode import read_piece  # libraries that only notation needs
+
+        return read_piece(piece, self.config.data.symbolic)
+
+    def _heads(self, pieces: Sequence[str | Path | bytes]) -> dict[str, np.ndarray]:
+        """The first windows of pieces."""
+        patches, lengths, _ = zip(*(next(self._read_piece(piece)) for piece in pieces), strict=True)
+        return {"patches": np.stack(patches), "patches_length": np.array(lengths, np.int32)}
+
     def _read(self, sentences: Sequence[Any]) -> dict[str, np.ndarray]:
         ids, lengths = self._tokenizer(list(sentences))
         return {"text_ids": ids, "text_length": lengths}
 
     def _middles(self, clips: Sequence[Clip], sample_rate: int | None) -> dict[str, np.ndarray]:
-        heard = (next(self._hear(clip, sample_rate, "middle", self.config.data.crop_seconds)) for clip in clips)
+        data = self.config.data
+        heard = (next(hear(clip, data, sample_rate, "middle", data.crop_seconds)) for clip in clips)
         waveforms, lengths = zip(*heard, strict=True)
         return {"audio": np.stack(waveforms), "audio_length": np.array(lengths, np.int32)}
-
-    def _hear(
-        self, clip: Clip, sample_rate: int | None, windows: Windows, hop_seconds: float
-    ) -> Iterator[tuple[np.ndarray, int]]:
-        """The windows of a clip that are heard: (samples,) int16, and samples before the padding."""
-        data = self.config.data
-        try:
-            if isinstance(clip, np.ndarray):
-                rate = sample_rate or data.sample_rate
-                waveform = clip.astype(np.float32, copy=False)
-                if windows == "all":
-                    yield from cut_windows([(waveform, rate)], data, hop_seconds)
-                else:
-                    wanted = round(data.crop_seconds * rate)
-                    start = max(0, len(clip) - wanted) // 2
-                    yield to_int16(waveform[start : start + wanted], rate, data)
-            elif windows == "middle":
-                yield decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), data, position=0.5)
-            elif isinstance(clip, bytes):
-                yield from cut_windows(read_blocks(clip), data, hop_seconds)
-            else:
-                with Path(clip).open("rb") as file:
-                    yield from cut_windows(read_blocks(file), data, hop_seconds)
-        except FileNotFoundError:
-            raise DataError(f"{clip!s}: there is no such file") from None
-        except DataError as error:
-            name = str(clip) if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
-            raise DataError(f"{name}: {error}") from None
 
     @property
     def window_batch(self) -> int:
         """Windows that a tower gets at a time."""
         return min(self.config.train.chunk, _MOST_WINDOWS)
 
-    def _forward(self, modality: Modality, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _forward(self, modality: str, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if modality not in self.modalities:
-            raise ConfigError(f"this model has no {modality} tower; it has {', '.join(self.modalities)}")
+            raise ConfigError(f"this model has no {modality} tower; it has {', '.join(self.config.model.towers())}")
         batch = {name: torch.tensor(values, device=self.device) for name, values in arrays.items()}
         with torch.inference_mode():
             joint, features = self.model.encode_with_features(modality, batch)

@@ -1,4 +1,4 @@
-"""What pages tell a user to do: the commands of data.md, muser.md and htcl.md in docs/, in order, in a folder with
+"""What pages tell a user to do: the commands of data.md, muser.md, htcl.md and clamp.md, in order, in a folder with
 music; options of all."""
 
 import csv
@@ -14,12 +14,15 @@ import pytest
 import ray
 
 from tests.data.corpora.layouts import LAYOUTS, audio
+from tests.data.symbolic.notation import note, score
+from tests.scores import abc, midi, write_scores
 from tests.shardmaker import INSTRUMENTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "data.md"
 MUSER = ROOT / "docs" / "muser.md"
 HTCL = ROOT / "docs" / "htcl.md"
+CLAMP = ROOT / "docs" / "clamp.md"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,23 @@ def test_the_commands_of_the_page_on_htcl(address, tmp_path):
     for stage in ("semantic", "preference"):
         assert (tmp_path / "runs" / "songs" / stage / "report.html").exists()
     assert sum(pq.read_table(part).num_rows for part in (tmp_path / "songs").glob("part-*.parquet")) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_page_on_clamp(address, tmp_path, monkeypatch):
+    write_scores(tmp_path / "music", 24, name="pdtunes-train")
+    write_scores(tmp_path / "music", 8, name="pdtunes-val")
+    monkeypatch.setenv("PDTUNES", str(tmp_path / "music"))
+    sheet = score([[note("C5", 32)]]).encode()
+    for name, data in {"jig.abc": abc(1), "jig.mid": midi(1), "sheet.musicxml": sheet}.items():
+        (tmp_path / name).write_bytes(data)
+    (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", CLAMP.read_text(), re.S)
+    (tmp_path / "my_recipes.py").write_text(own)
+    trial = "--train.samples 32 --train.global-batch 8 --train.chunk 4 --train.warmup-samples 8"
+    run_blocks(re.sub(r"pretrain\.py (\S+) ", rf"pretrain.py \1 {trial} ", CLAMP.read_text()), tmp_path, address)
+    scores = json.loads((tmp_path / "runs" / "align" / "evaluation.json").read_text())
+    assert {"text->symbolic", "text->notation", "symbolic->notation"} <= scores["retrieval"].keys()
 
 
 @pytest.mark.parametrize("job", ["embed", "search", "export"])

@@ -11,13 +11,19 @@ A chunk is a dict of arrays, one Arrow row and one block:
     key, shard       str   (c,)
     source           str   (c,)      name of the source
     crop             float64 (c,)    where the crop lies in the clip: 0 is its head, 1 its tail; of two views (c, 2)
-    valid_<modality> bool  (c,)      for each modality of the model, and for "view" where it is asked for; where rows
-                                     come in pairs, valid_partner and valid_fused say what is there of the other song
+    valid_<modality> bool  (c,)      for each modality that the model embeds, and for "view" and "notation" where they
+                                     are asked for; where rows come in pairs, valid_partner and valid_fused say what is
+                                     there of the other song
     audio            int16 (c, samples), where a tower or the front end on the worker needs it
-    audio_length     int32 (c,)      samples before the padding
+    audio_length     int32 (c,)      samples before the padding, where a tower hears
     view             int16 (c, samples), where a pair names it: another crop, drawn and augmented apart
     view_length      int32 (c,)
     spectrogram      float16 (c, 1, mels, frames), where tasks make it
+    patches          uint8 (c, patches, 64), where a tower reads notation (data/symbolic); and so is patches_length
+    patches_length   int32 (c,)      patches before the padding
+    notation_patches uint8 (c, patches, 64), where a pair names it, and in evaluation where data.symbolic.notations are
+                                     two: another notation of the same piece, drawn apart; and so is notation_length
+    notation_length  int32 (c,)
     text             str   (c,)
     text_ids         int32 (c, max_tokens), where a tower reads texts; and so is text_length
     text_length      int32 (c,)
@@ -50,6 +56,7 @@ from muser_dist.data.config import SourceConfig
 from muser_dist.data.decoder import Crop, decoder
 from muser_dist.data.labels import Labels
 from muser_dist.data.leakage import file_id, title_id
+from muser_dist.data.notation import Seeds, notation_bytes, read_notation
 from muser_dist.data.partners import Partners
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
@@ -85,6 +92,7 @@ class Outline:
         crops: (c, 1) or, with a second view, (c, 2): where crops lie in their clips.
         draws: of each row, the source of its other random choices.
         view_seeds: (c,) of the second view's augmentation.
+        notation_seeds: (c,) of what is drawn of notation; None where nothing is.
     """
 
     step: int
@@ -94,6 +102,7 @@ class Outline:
     crops: np.ndarray
     draws: list[np.random.Generator | None]
     view_seeds: list[int]
+    notation_seeds: list[Seeds | None]
 
     @property
     def crop(self) -> np.ndarray:
@@ -123,8 +132,8 @@ class ChunkReader:
         rows: reads single rows.
         plan: their order.
         sources: names and templates.
-        config: how clips and texts are treated; the model's modalities, each of which gets its valid flag; whether a
-            second view is wanted, which evaluation has no use for.
+        config: how clips, notation and texts are treated; what the model embeds in training, or in evaluation where
+            the plan does not shuffle.
         chunk: rows in a chunk (c).
         chunks_per_step: chunks in a global batch (K); `for_workers` pads them.
         val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
@@ -149,8 +158,10 @@ class ChunkReader:
         self.sources = sources
         self.data = config.data
         self.model = config.model
-        self.features = config.features if plan.shuffle else tuple(config.model.towers())
+        self.features = config.features if plan.shuffle else config.evaluated
+        self.hears = "audio" in self.features or "spectrogram" in self.features
         self.second_view = "view" in self.features
+        self.needs_notation = plan.shuffle and config.objective.needs_notation
         self.reads_text = "text" in self.features or config.objective.reads_text
         self.chunk = chunk
         self.chunks_per_step = chunks_per_step
@@ -159,8 +170,13 @@ class ChunkReader:
 
     @property
     def chunk_bytes(self) -> int:
-        """About the size of a chunk: that of its waveforms, which spectrograms in their place do not reach."""
-        return 2 * self.chunk * self.data.crop_samples * (1 + self.second_view)
+        """About the size of a chunk: that of its waveforms, which spectrograms in their place do not reach, of its
+        notation, and of its tokens."""
+        data = self.data
+        row = 2 * data.crop_samples * (self.hears + self.second_view)
+        row += notation_bytes(data) * sum(name in self.features for name in ("symbolic", "notation"))
+        row += 4 * data.max_tokens * ("text" in self.features)
+        return self.chunk * row
 
     def for_workers(self, workers: int) -> "ChunkReader":
         """The same chunks, for so many workers: with steps padded to a multiple of them."""
@@ -178,6 +194,7 @@ class ChunkReader:
             rows = Rows.padding(self.chunk)
         crops, found, draws = np.full((self.chunk, 1 + self.second_view), 0.5), [], []
         view_seeds = [0] * self.chunk
+        notation_seeds: list[Seeds | None] = [None] * self.chunk
         for i, (epoch, index, shard, number) in enumerate(
             zip(rows.epoch.tolist(), rows.index.tolist(), rows.shard.tolist(), rows.row.tolist(), strict=True)
         ):
@@ -188,8 +205,11 @@ class ChunkReader:
             if rng and self.second_view:
                 of_view = self.plan.view_rng(epoch, index)
                 crops[i, 1], view_seeds[i] = of_view.random(), int(of_view.integers(2**63))
+            if rng and "symbolic" in self.features:
+                first, other = self.plan.notation_rng(epoch, index).integers(2**63, size=2).tolist()
+                notation_seeds[i] = first, other
             draws.append(rng)
-        return Outline(step, chunk, rows, found, crops, draws, view_seeds)
+        return Outline(step, chunk, rows, found, crops, draws, view_seeds, notation_seeds)
 
     def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
         """Yields the chunks of these slots."""
@@ -202,7 +222,7 @@ class ChunkReader:
     @cached_property
     def _front_end(self) -> Callable[[np.ndarray], np.ndarray] | None:
         """Waveforms to spectrograms, where tasks make them."""
-        if self.data.spectrogram_on == "device" or self.model.spectrogram is None:
+        if self.data.spectrogram_on == "device" or self.model.spectrogram is None or "spectrogram" not in self.features:
             return None
         import torch  # takes seconds and megabytes in each process, so only where it is needed
 
@@ -222,15 +242,13 @@ class ChunkReader:
 
     def _decode(self, outline: Outline) -> Chunk:
         c, data = self.chunk, self.data
-        waveforms = np.empty((c, data.crop_samples), np.int16)
         text_ids, label_ids = np.full(c, -1, np.int64), np.full(c, -1, np.int64)
-        heard, stated, labelled, in_val = (np.zeros(c, bool) for _ in range(4))
+        heard, cached, stated, labelled, in_val = (np.zeros(c, bool) for _ in range(5))
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
         crops: dict[int, Crop] = {}
         labels = self._labels.empty(c)
         policies = [TextPolicy(data, source.templates or data.templates) for source in self.sources]
-        hears = "audio" in self.features or "spectrogram" in self.features
         needs_metadata = "text" in self.features or bool(labels)
         reads_metadata = needs_metadata or self.reads_text or data.label or len(self.val_ids) or not self.plan.shuffle
 
@@ -253,7 +271,7 @@ class ChunkReader:
                 report(i, "", DataError(row.problem))
                 continue
             ids: list[int] = []
-            if hears:
+            if self.hears:
                 try:
                     sound = row.sound()
                     if len(self.val_ids):
@@ -297,7 +315,27 @@ class ChunkReader:
             waveforms[~heard] = 0
             return lengths, heard, cached
 
-        lengths, heard, cached = hear(crops, waveforms)
+        of_sound: Chunk = {}
+        if self.hears:
+            waveforms = np.empty((c, data.crop_samples), np.int16)
+            of_sound["audio_length"], heard, cached = hear(crops, waveforms)
+            if self._front_end:
+                of_sound["spectrogram"] = self._front_end(waveforms)
+            if "audio" in self.features or not self._front_end:
+                of_sound["audio"] = waveforms
+            if self.second_view:
+                # Of clips whose first crop could not be had, nothing is tried again.
+                views = {
+                    i: Crop(crop.sound, float(outline.crops[i, 1]), outline.view_seeds[i])
+                    for i, crop in crops.items()
+                    if heard[i]
+                }
+                of_sound["view"] = np.empty_like(waveforms)
+                of_sound["view_length"], of_sound["valid_view"], _ = hear(views, of_sound["view"])
+        notation: Chunk = {}
+        if "symbolic" in self.features:
+            two = "notation" in self.features
+            notation = read_notation(outline.found, outline.notation_seeds, data, report, two, self.needs_notation)
         chunk: Chunk = {
             "step": np.int64(outline.step),
             "chunk": np.int64(outline.chunk),
@@ -307,7 +345,6 @@ class ChunkReader:
             "shard": shards,
             "source": sources,
             "crop": outline.crop,
-            "audio_length": lengths,
             "text": sentences,
             "text_id": text_ids,
             "label_id": label_ids,
@@ -317,24 +354,11 @@ class ChunkReader:
             "fields": fields,
             "problems": problems,
         }
-        if self._front_end:
-            chunk["spectrogram"] = self._front_end(waveforms)
-        if "audio" in self.features or not self._front_end:
-            chunk["audio"] = waveforms
-        if self.second_view:
-            # Of clips whose first crop could not be had, nothing is tried again.
-            views = {
-                i: Crop(crop.sound, float(outline.crops[i, 1]), outline.view_seeds[i])
-                for i, crop in crops.items()
-                if heard[i]
-            }
-            chunk["view"] = np.empty_like(waveforms)
-            chunk["view_length"], chunk["valid_view"], _ = hear(views, chunk["view"])
         if "text" in self.features:
             tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
             chunk["text_ids"], chunk["text_length"] = tokenizer(sentences)
-        for modality in self.model.towers():
-            chunk[f"valid_{modality}"] = stated if modality == "text" else heard
+        flags = {"audio": heard, "spectrogram": heard, "text": stated}
+        chunk |= {f"valid_{name}": flag for name, flag in flags.items() if name in self.features}
         if self.partners is not None:
             other = np.arange(c) ^ 1
             chunk["valid_partner"] = heard[other]
@@ -344,7 +368,7 @@ class ChunkReader:
             chunk["liked"] = np.stack(
                 [self.partners.likeliest(index, self.likes) if index >= 0 else none for index in outline.rows.index]
             )
-        return chunk | labels | ({"valid_label": labelled} if labels else {})
+        return chunk | of_sound | notation | labels | ({"valid_label": labelled} if labels else {})
 
     def _entry(self, outline: Outline, i: int, **fields: Any) -> str:
         """An entry for the quarantine about a row of the chunk, as JSON."""

@@ -5,18 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from muser_dist.data.symbolic.config import SymbolicConfig
 from muser_dist.errors import ConfigError, require
+from muser_dist.strict import Strict
 
 LABEL = "label/"
 """Of a chunk's arrays of labels and of the logits of the model's heads, names begin so; the field follows."""
-
-
-class Strict:
-    """Makes a field that a JSON config has and the dataclass lacks an error."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -148,13 +144,18 @@ class DataConfig(Strict):
     spectrogram_on: Literal["device", "cpu"] = "device"
     """Where log-mel spectrograms are made: by the worker on its device, or by the decoding tasks
     (float16 through the object store, for devices that cannot spare the time)."""
+    symbolic: SymbolicConfig = field(default_factory=SymbolicConfig)
+    """What becomes of scores and MIDI, where the model has a tower that reads them."""
     templates: tuple[str, ...] = ("{caption}",)
     """Sentences over the metadata fields, one chosen per row and pass. A clause (between commas)
-    that needs a missing field is left out. {captions:one} draws one entry of a list."""
+    that needs a missing field is left out. {captions:one} draws one entry of a list. Bars make lines:
+    '{title} | {tags}' shows title and each tag in any order, some of them dropped (line_dropout). A template that comes
+    twice is chosen twice as often."""
     field_dropout: float = 0.0
     """Probability with which each metadata field counts as missing, in training."""
     line_dropout: float = 0.0
-    """Probability with which each line of a value of several lines is left out, in training."""
+    """Probability with which each line of a value of several lines, or of a template with bars, is left out, in
+    training."""
     languages: tuple[str, ...] = ()
     """Where a value is an object {language: text}, the languages that are drawn from; all when empty."""
     label: str = ""

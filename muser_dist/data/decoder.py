@@ -1,16 +1,13 @@
 """Decodes in a child process, so that audio which kills its decoder costs one row.
 
 Native decoders crash on input that nobody thought of, and Ray would run the whole task again to
-the same end. The child reads members from the parent's open shards, and puts crops into shared
-memory together with how many are done, so that the parent knows which one was fatal.
+the same end. The child (decoder_child.py) reads members from the parent's open shards, and puts crops and
+patches into shared memory together with how many are done, so that the parent knows which one was
+fatal.
 """
 
-import contextlib
-import ctypes
 import json
-import mmap
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -22,44 +19,14 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from muser_dist.data import audio
-from muser_dist.data.clips import ClipCache
 from muser_dist.data.config import DataConfig
+from muser_dist.data.decoder_child import CACHED, SECONDS, TOGETHER, share
 from muser_dist.data.tar import Stored
-from muser_dist.data.windows import cut_windows
 from muser_dist.errors import DataError
 
-SECONDS = 60.0
-"""Time after which decoding one member is given up; the slowest honest one takes a few."""
-
-MEMORY_BYTES = 6 << 30
-"""Address space of the child: room for the largest member and for what it decodes to."""
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory that one clip freed for the next.
-
-    By default glibc gives larger blocks back at once, and faulting them in again is a quarter of
-    decoding an mp3. With another C library nothing is changed.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mmap_threshold, trim_threshold = -3, -1  # malloc.h
-        mallopt(mmap_threshold, 256 << 20)
-        mallopt(trim_threshold, 512 << 20)
-
-
-_TOGETHER = 16
-"""Members that the child is asked for at a time. Woken after each, the parent finds its caches cold,
-and its own work takes four times as long."""
-
-_CACHED = "cached"
-"""Words of an answer whose clip came from the cache."""
-
 _Request = tuple[Stored, list[Any]]
-"""A member, and position and seed of a crop; or the hop between the windows of the whole clip, which are then
-answered `_TOGETHER` at a time; or nothing, and what its headers say is asked for."""
+"""A member, and what is wanted of it: as decoder_child.py says."""
 
 
 class _Died(Exception):
@@ -81,11 +48,19 @@ class Decoded(NamedTuple):
     cached: bool
 
 
+class Piece(NamedTuple):
+    """What to encode: a member with notation, its extension, and the seed that `encode_member` takes."""
+
+    member: Stored
+    extension: str
+    seed: int | None
+
+
 class Decoder:
-    """A child process that decodes audio members.
+    """A child process that decodes audio and notation.
 
     Args:
-        config: says what becomes of a clip.
+        config: says what becomes of a clip and of a piece.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -93,7 +68,7 @@ class Decoder:
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None
         self._memory = FileIO(os.memfd_create("muser-decoder"), "r+")
-        self._shared = _share(self._memory.fileno(), config)
+        self._shared = share(self._memory.fileno(), config)
 
     def decode(self, crops: Mapping[int, Crop], into: np.ndarray) -> dict[int, Decoded | DataError]:
         """`audio.decode` of several crops with this decoder's config.
@@ -107,11 +82,31 @@ class Decoder:
             member, or decoding takes too long or has killed its process twice.
         """
         rows = list(crops)
-        answers = self._ask([(sound, [position, seed]) for sound, position, seed in crops.values()], into, rows)
+        answers = self._ask(
+            [(sound, ["crop", position, seed]) for sound, position, seed in crops.values()], "crop", into, rows
+        )
         decoded = (
-            answer if isinstance(answer, DataError) else Decoded(answer[0], answer[1] == _CACHED) for answer in answers
+            answer if isinstance(answer, DataError) else Decoded(answer[0], answer[1] == CACHED) for answer in answers
         )
         return dict(zip(rows, decoded, strict=True))
+
+    def encode(self, pieces: Mapping[int, Piece], into: np.ndarray) -> dict[int, int | DataError]:
+        """`symbolic.encode.encode_member` of several pieces with this decoder's config.
+
+        Args:
+            pieces: by their rows of `into`.
+            into: (c, patches, 64) uint8, gets the patches of those that can be encoded.
+
+        Returns:
+            of each piece its patches before the padding, or an error as of `decode`.
+        """
+        rows = list(pieces)
+        requests: list[_Request] = [
+            (piece.member, ["patches", piece.extension, piece.seed]) for piece in pieces.values()
+        ]
+        answers = self._ask(requests, "patches", into, rows)
+        lengths = (answer if isinstance(answer, DataError) else answer[0] for answer in answers)
+        return dict(zip(rows, lengths, strict=True))
 
     def windows(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
         """`windows.cut_windows` of a whole member with this decoder's config; some windows are held at a time.
@@ -140,12 +135,12 @@ class Decoder:
         Raises:
             _Died, DataError: as `_ask_together`, or the child's error.
         """
-        self._ask_together([(sound, [hop_seconds])])
+        self._ask_together([(sound, ["windows", hop_seconds])])
         while True:
             done = int(self._shared["done"][0])
             lengths, waveforms = self._shared["length"][:done].tolist(), self._shared["crop"][:done].copy()
             error = self._shared["text"][done - 1].decode(errors="replace") if -1 in lengths else None
-            ended = error is not None or done < _TOGETHER
+            ended = error is not None or done < TOGETHER
             try:
                 yield from zip(waveforms[: done - (error is not None)], lengths, strict=False)
             except GeneratorExit:
@@ -164,22 +159,23 @@ class Decoder:
         Raises:
             DataError: as there, and what `decode` returns.
         """
-        (answer,) = self._ask([(sound, [])])
+        (answer,) = self._ask([(sound, ["probe"])])
         if isinstance(answer, DataError):
             raise answer
         rate, channels, seconds = json.loads(answer[1])
         return rate, channels, seconds
 
     def _ask(
-        self, requests: list[_Request], into: np.ndarray | None = None, rows: Sequence[int] = ()
+        self, requests: list[_Request], made: str = "", into: np.ndarray | None = None, rows: Sequence[int] = ()
     ) -> list[tuple[int, str] | DataError]:
-        """Length and text of each answer, or why there is none; their crops go to these rows of `into`."""
+        """Length and text of each answer, or why there is none; what of them is shared as `made` goes to these rows of
+        `into`."""
         answers: list[tuple[int, str] | DataError] = []
         fatal = None
         while (first := len(answers)) < len(requests):
             error = None
             try:
-                self._ask_together(requests[first : first + _TOGETHER])
+                self._ask_together(requests[first : first + TOGETHER])
             except _Died as death:
                 at = first + int(self._shared["done"][0])
                 if fatal == at:  # once more: memory may have been short for another reason
@@ -191,7 +187,7 @@ class Decoder:
                 length, text = int(self._shared["length"][i]), self._shared["text"][i].decode(errors="replace")
                 answers.append((length, text) if length >= 0 else DataError(text))
                 if into is not None and length >= 0:
-                    into[rows[first + i]] = self._shared["crop"][i]
+                    into[rows[first + i]] = self._shared[made][i]
             if error is not None:
                 answers.append(error)
         return answers
@@ -203,9 +199,8 @@ class Decoder:
             _Died: the child is dead; it has answered as many as it says.
             DataError: the next of those is not answered in time.
         """
-        # Text, never pickles: the child has touched what comes from outside.
-        text = json.dumps([(sound.offset, sound.size, *crop) for sound, crop in requests])
-        self._exchange(text.encode(), [sound.file for sound, _ in requests])
+        text = json.dumps([(member.offset, member.size, *wanted) for member, wanted in requests])
+        self._exchange(text.encode(), [member.file for member, _ in requests])
 
     def _exchange(self, message: bytes, files: list[int]) -> None:
         """Sends a message and waits for the answers; errors as of `_ask_together`."""
@@ -249,9 +244,9 @@ class Decoder:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         shared = [there.fileno(), self._memory.fileno()]
-        settings = json.dumps({name: getattr(self._config, name) for name in _OF_CLIPS}, default=vars)
+        settings = json.dumps({name: getattr(self._config, name) for name in _SETTINGS}, default=vars)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "muser_dist.data.decoder", *map(str, shared), settings],
+            [sys.executable, "-m", "muser_dist.data.decoder_child", *map(str, shared), settings],
             pass_fds=shared,
             env=os.environ | path,
             stdin=subprocess.DEVNULL,
@@ -280,115 +275,22 @@ class Decoder:
 
 
 def decoder(config: DataConfig) -> Decoder:
-    """This process's decoder for such clips; it lives on from task to task."""
-    return _decoder(DataConfig(**{name: getattr(config, name) for name in _OF_CLIPS}))
+    """This process's decoder for such clips and pieces; it lives on from task to task."""
+    return _decoder(DataConfig(**{name: getattr(config, name) for name in _SETTINGS}))
 
 
-_OF_CLIPS = ("sample_rate", "crop_seconds", "pad", "augment", "keep_clips", "clip_cache_gib", "cache_folder")
+_SETTINGS = (
+    "sample_rate",
+    "crop_seconds",
+    "pad",
+    "augment",
+    "keep_clips",
+    "clip_cache_gib",
+    "cache_folder",
+    "symbolic",
+)
 
 
 @lru_cache(maxsize=2)
 def _decoder(config: DataConfig) -> Decoder:
     return Decoder(config)
-
-
-def _share(memory: int, config: DataConfig) -> dict[str, np.ndarray]:
-    """Memory that parent and child both see.
-
-    Args:
-        memory: descriptor of the file that it is.
-        config: says how long a crop is.
-
-    Returns:
-        done    int64 (1,)                   requests that are answered
-        length  int64 (_TOGETHER,)           of each answer: samples before the padding; -1 is an error
-        text    bytes (_TOGETHER,)           its words
-        crop    int16 (_TOGETHER, samples)   its waveform
-    """
-    n = _TOGETHER
-    layout = np.dtype(
-        [("done", "i8", (1,)), ("length", "i8", n), ("text", "S1024", n), ("crop", "i2", (n, config.crop_samples))]
-    )
-    os.truncate(memory, layout.itemsize)
-    record = np.frombuffer(mmap.mmap(memory, layout.itemsize), layout)
-    return {name: record[name][0] for name in layout.names or ()}
-
-
-def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataConfig) -> None:
-    """The child: answers requests until the parent is gone."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    clips = ClipCache(config) if config.keep_clips else None
-    while True:
-        signal.alarm(0)
-        text, files, *_ = socket.recv_fds(requests, _REQUEST_BYTES, _TOGETHER)
-        if not text:
-            return
-        for i, (file, (offset, size, *crop)) in enumerate(zip(files, json.loads(text), strict=True)):
-            signal.alarm(2 * round(SECONDS))  # should the parent be gone, nobody else ends what never ends
-            length, words = 0, ""
-            try:
-                data = Stored(file, offset, size).read()
-                if len(crop) == 1:
-                    _serve_windows(requests, shared, data, config, *crop)
-                    break
-                if crop and clips:
-                    position, seed = crop
-                    clip, cached = clips.crop(data, config.crop_samples, position, audio.decode_whole)
-                    waveform = clip.astype(np.float32) / np.float32(32767)
-                    shared["crop"][i], length = audio.to_int16(waveform, config.sample_rate, config, seed)
-                    words = _CACHED if cached else ""
-                elif crop:
-                    shared["crop"][i], length = audio.decode(data, config, *crop)
-                else:
-                    words = json.dumps(audio.probe(data))
-            except ConnectionError:
-                raise
-            except Exception as error:  # whatever it is, one row must not end the run
-                length, words = -1, _words(error)
-            finally:
-                os.close(file)
-            shared["length"][i], shared["text"][i] = length, words.encode(errors="replace")
-            shared["done"][0] = i + 1
-        requests.send(b".")
-
-
-def _serve_windows(
-    requests: socket.socket, shared: dict[str, np.ndarray], data: bytes, config: DataConfig, hop_seconds: float
-) -> None:
-    """The child: answers with all windows of a clip; as many as fit are told at a time, and fewer are the last."""
-    windows = cut_windows(audio.read_blocks(data), config, hop_seconds)
-    while True:
-        done = 0
-        try:
-            for done, (waveform, length) in enumerate(islice(windows, _TOGETHER), start=1):
-                shared["crop"][done - 1], shared["length"][done - 1] = waveform, length
-                shared["done"][0] = done
-        except Exception as error:  # whatever it is, one row must not end the run
-            shared["length"][done], shared["text"][done] = -1, _words(error).encode(errors="replace")
-            shared["done"][0] = done + 1
-            return
-        if done < _TOGETHER:
-            return
-        signal.alarm(2 * round(SECONDS))
-        requests.send(b".")
-        if not requests.recv(1):
-            raise ConnectionError("the parent is gone")
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-
-
-_REQUEST_BYTES = 256 * _TOGETHER
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    keep_freed_memory()
-    end, memory, settings = sys.argv[1:]
-    clips = TypeAdapter(DataConfig).validate_json(settings)
-    with contextlib.suppress(ConnectionError):
-        _serve(socket.socket(fileno=int(end)), _share(int(memory), clips), clips)

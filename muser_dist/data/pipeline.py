@@ -13,7 +13,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk, ChunkReader, chain_digest, chunk_digest
 from muser_dist.data.config import SourceConfig
-from muser_dist.data.decoder import keep_freed_memory
+from muser_dist.data.decoder_child import keep_freed_memory
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.partners import Partners
 from muser_dist.data.plan import Plan

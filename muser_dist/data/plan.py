@@ -255,6 +255,10 @@ class Plan:
         """The same for the row's second view: apart, so that asking for it changes nothing else."""
         return np.random.default_rng([self.seed, 5, epoch, index])
 
+    def notation_rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The same for the row's notation."""
+        return np.random.default_rng([self.seed, 7, epoch, index])
+
     def _mix(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, row number and source of each row of a global batch."""
         # Not negative: a share of at least one row a step outgrows the rounding of the step before.

@@ -63,7 +63,7 @@ class Row:
         Raises:
             DataError: the shard ends inside it.
         """
-        stored = self._stored(extension)
+        stored = self.member(extension)
         return stored.read() if stored else None
 
     def sound(self) -> Stored:
@@ -72,12 +72,13 @@ class Row:
         Raises:
             DataError: it has none.
         """
-        stored = self._stored(self.audio or "")
+        stored = self.member(self.audio or "")
         if stored is None:
             raise DataError(f"no audio member ({', '.join(EXTENSIONS)})")
         return stored
 
-    def _stored(self, extension: str) -> Stored | None:
+    def member(self, extension: str) -> Stored | None:
+        """Where a member lies, good for as long as this row is; None where there is none."""
         member = (self._members or {}).get(extension)
         return Stored(self._file.fileno(), member.offset, member.size) if member and self._file else None
 

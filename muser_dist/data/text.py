@@ -50,8 +50,9 @@ class TextPolicy:
             DataError: no template has anything to say.
         """
         chosen = int(rng.integers(len(self.templates))) if rng else 0
+        apart = "|" in self.templates[chosen]
         named = [name for name in self._names if name in values]
-        fields = {name: resolved for name in named if (resolved := self._resolve(values[name], rng))}
+        fields = {name: resolved for name in named if (resolved := self._resolve(values[name], rng, apart))}
         if rng and self.config.field_dropout:
             kept = rng.random(len(fields)) >= self.config.field_dropout
             some = {name: fields[name] for name, keep in zip(fields, kept, strict=True) if keep}
@@ -60,13 +61,13 @@ class TextPolicy:
         # Where dropout leaves nothing to say, nothing is dropped.
         for left in (some, fields):
             for template in (self.templates[chosen], *self.templates):
-                sentence, facts = render(template, left, rng)
+                sentence, facts = render(template, left, rng, self.config.line_dropout)
                 if facts:
                     return sentence, facts
         raise DataError("no text: it has none of the fields that the templates name")
 
-    def _resolve(self, value: Any, rng: np.random.Generator | None) -> Value:
-        """A field's value in one of its languages, without its dropped lines."""
+    def _resolve(self, value: Any, rng: np.random.Generator | None, apart: bool) -> Value:
+        """A field's value in one of its languages; in one line, without its dropped lines, or the lines apart."""
         if isinstance(value, dict):
             languages = [name for name in self.config.languages or sorted(value) if name in value]
             if not languages:
@@ -75,6 +76,8 @@ class TextPolicy:
         if isinstance(value, list):
             return [sentence for entry in value if (sentence := one_line(str(entry)))]
         lines = [line for line in str(value).splitlines() if line.strip()]
+        if apart and len(lines) > 1:
+            return [one_line(line) for line in lines]
         if rng and self.config.line_dropout and len(lines) > 1:
             kept = rng.random(len(lines)) >= self.config.line_dropout
             lines = [line for line, keep in zip(lines, kept, strict=True) if keep] or lines
@@ -153,12 +156,16 @@ def check_templates(templates: tuple[str, ...], setting: str = "data.templates")
 
 
 def render(
-    template: str, fields: Mapping[str, Value], rng: np.random.Generator | None = None
+    template: str, fields: Mapping[str, Value], rng: np.random.Generator | None = None, line_dropout: float = 0.0
 ) -> tuple[str, dict[str, Value]]:
     """A sentence over the fields that are there.
 
     A clause, that is what stands between commas of the template, is left out when it needs a
     field that is missing. A list is joined by commas; {name:one} draws one of its entries.
+
+    A template with bars is one of lines, as metadata are: what stands between two bars, and each entry of a list that
+    stands there alone, is one. Where something is drawn, each is left out with a probability, and they come in any
+    order; equal ones come once. As CLaMP 2 drops out texts (arXiv 2410.13267, section 3.2).
 
     >>> render("A song of {genre}, by {artist}", {"genre": ["folk", "ska"]})
     ('A song of folk, ska', {'genre': ['folk', 'ska']})
@@ -166,11 +173,49 @@ def render(
     Args:
         template: the sentence.
         fields: not empty each.
-        rng: draws for {name:one}; None takes the first entry.
+        rng: draws for {name:one}, and which lines stay in which order; None takes the first entry, and all lines as
+            they are.
+        line_dropout: probability of leaving a line out; all stay where none would.
 
     Returns:
         the sentence and the facts that it states; both empty when nothing can be said.
     """
+    if "|" not in template:
+        return _render_clauses(template, fields, rng)
+    of_lines: dict[str, dict[str, Value]] = {}
+    for part in template.split("|"):
+        for sentence, stated in _lines(part.strip(), fields, rng):
+            of_lines.setdefault(sentence, stated)
+    lines = list(of_lines.items())
+    if rng:
+        kept = [line for line in lines if rng.random() >= line_dropout] or lines
+        lines = [kept[i] for i in rng.permutation(len(kept))]
+    facts: dict[str, Value] = {}
+    for _, stated in lines:
+        for name, value in stated.items():
+            before = facts.get(name)
+            facts[name] = value if before is None else [*_entries(before), *_entries(value)]
+    return " | ".join(sentence for sentence, _ in lines), facts
+
+
+def _lines(
+    part: str, fields: Mapping[str, Value], rng: np.random.Generator | None
+) -> list[tuple[str, dict[str, Value]]]:
+    """The lines that a part of a template makes, each with its facts."""
+    alone = _FIELD.fullmatch(part)
+    if alone and not alone[2] and isinstance(value := fields.get(alone[1]), list):
+        return [(entry, {alone[1]: [entry]}) for entry in value]
+    sentence, facts = _render_clauses(part, fields, rng)
+    return [(sentence, facts)] if facts else []
+
+
+def _entries(value: Value) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _render_clauses(
+    template: str, fields: Mapping[str, Value], rng: np.random.Generator | None
+) -> tuple[str, dict[str, Value]]:
     clauses: list[str] = []
     facts: dict[str, Value] = {}
     for words, needed in _clauses(template):

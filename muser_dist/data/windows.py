@@ -1,16 +1,21 @@
 """A whole clip as windows of the crop's length."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from muser_dist.data.audio import Silence, to_int16
+from muser_dist.data.audio import Silence, decode, read_blocks, to_int16
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import DataError
 
 Windows = Literal["all", "middle"]
 """What is heard of a clip that is longer than the crop: all of it, or the crop in its middle, as evaluation does."""
+
+
+Clip = str | Path | bytes | np.ndarray
+"""A file's path, its bytes, or a waveform: (samples,) or (samples, channels) float in [-1, 1]."""
 
 
 def cut_windows(
@@ -66,3 +71,45 @@ def _cut(
         held, first = held[needed - first :], needed
     if first + len(held) > end:
         yield held[-wanted:], rate
+
+
+def hear(
+    clip: Clip, data: DataConfig, sample_rate: int | None, windows: Windows, hop_seconds: float
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The windows of a clip that are heard.
+
+    Args:
+        clip: what is heard.
+        data: rate and length of the windows, and padding.
+        sample_rate: Hz of a clip given as a waveform; that of `data` by default.
+        windows: all of the clip, or its middle.
+        hop_seconds: from a window's begin to the next one's.
+
+    Yields:
+        as `cut_windows`.
+
+    Raises:
+        DataError: as `cut_windows`, or there is no such file or it cannot be decoded; the message says which.
+    """
+    try:
+        if isinstance(clip, np.ndarray):
+            rate = sample_rate or data.sample_rate
+            waveform = clip.astype(np.float32, copy=False)
+            if windows == "all":
+                yield from cut_windows([(waveform, rate)], data, hop_seconds)
+            else:
+                wanted = round(data.crop_seconds * rate)
+                start = max(0, len(clip) - wanted) // 2
+                yield to_int16(waveform[start : start + wanted], rate, data)
+        elif windows == "middle":
+            yield decode(clip if isinstance(clip, bytes) else Path(clip).read_bytes(), data, position=0.5)
+        elif isinstance(clip, bytes):
+            yield from cut_windows(read_blocks(clip), data, hop_seconds)
+        else:
+            with Path(clip).open("rb") as file:
+                yield from cut_windows(read_blocks(file), data, hop_seconds)
+    except FileNotFoundError:
+        raise DataError(f"{clip!s}: there is no such file") from None
+    except DataError as error:
+        name = str(clip) if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
+        raise DataError(f"{name}: {error}") from None

@@ -24,7 +24,7 @@ import ray.exceptions
 
 from muser_dist.config import Modality
 from muser_dist.data.chunks import Chunk
-from muser_dist.data.decoder import keep_freed_memory
+from muser_dist.data.decoder_child import keep_freed_memory
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.pipeline import to_block
 from muser_dist.data.session import DEATHS, connected, error_of_user

@@ -11,10 +11,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from muser_dist.config import Modality, RunConfig, to_dict
+from muser_dist.config import Feature, RunConfig, to_dict
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
+from muser_dist.data.symbolic.characters import CHARACTERS, PATCH_BYTES
 from muser_dist.errors import DataError
 
 _SECONDS = 2.0  # between two calls of `progress`
@@ -25,11 +26,11 @@ class Encoder(Protocol):
     """What is scored: `muser_dist.Muser`, or what `muser_dist.evaluate.external` makes of any other model."""
 
     @property
-    def modalities(self) -> tuple[Modality, ...]:
+    def modalities(self) -> tuple[Feature, ...]:
         """What it encodes."""
         ...
 
-    def encode_chunk(self, modality: Modality, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_chunk(self, modality: Feature, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """A chunk of muser_dist/data/chunks.py to (rows, D) in the joint space and (rows, width) before the head."""
         ...
 
@@ -183,15 +184,21 @@ def _embed_chunk(model: Encoder, chunk: dict[str, Any]) -> Embedded:
 
 def _digest(model: Encoder, config: RunConfig, index: ShardIndex) -> str:
     """Tells sets of embeddings apart."""
-    noise = np.random.default_rng(0).integers(-8000, 8000, (1, config.data.crop_samples), np.int16)
-    heard = {"audio": noise, "audio_length": np.array([config.data.crop_samples], np.int32), "row": np.zeros(1, int)}
+    rng, data = np.random.default_rng(0), config.data
+    noise = rng.integers(-8000, 8000, (1, data.crop_samples), np.int16)
+    given = {"audio": noise, "audio_length": np.array([data.crop_samples], np.int32), "row": np.zeros(1, int)}
+    patches = rng.integers(4, CHARACTERS, (1, data.symbolic.max_patches, PATCH_BYTES), np.uint8)
+    for name, length in (("patches", "patches_length"), ("notation_patches", "notation_length")):
+        given |= {name: patches, length: np.array([data.symbolic.max_patches], np.int32)}
     content = hashlib.sha256()
     for name in model.modalities:
         if name == "text":
             content.update(model.encode_text(["a slow waltz, played on the flute"]).tobytes())
         else:
-            for array in model.encode_chunk(name, heard | {f"valid_{name}": np.ones(1, bool)}):
+            for array in model.encode_chunk(name, given | {f"valid_{name}": np.ones(1, bool)}):
                 content.update(array.tobytes())
-    data = {name: value for name, value in to_dict(config)["data"].items() if name not in ("train", "val", "sources")}
-    content.update(json.dumps([data, config.train.chunk, index.urls, index.rows.tolist()], sort_keys=True).encode())
+    of_data = {
+        name: value for name, value in to_dict(config)["data"].items() if name not in ("train", "val", "sources")
+    }
+    content.update(json.dumps([of_data, config.train.chunk, index.urls, index.rows.tolist()], sort_keys=True).encode())
     return content.hexdigest()[:16]

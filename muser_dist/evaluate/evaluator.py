@@ -106,13 +106,13 @@ def score(
         also "few_shot" by field and modality, "probes_on" and "train_rows".
 
     Raises:
-        DataError: there is no usable row, an embedding is not finite, or the model hears nothing.
+        DataError: there is no usable row, an embedding is not finite, or the model has a tower of texts alone.
         ConfigError: the model has nothing to probe.
     """
     per_row = {} if per_row is None else per_row
     sounds = [name for name in model.modalities if name != "text"]
     if not sounds:
-        raise DataError("nothing to score: the model has no tower that hears")
+        raise DataError("nothing to score: the model has no tower besides that of texts")
     everything = np.ones(len(test), bool)
     if not any((test.valid[name] & test.valid.get("text", everything)).any() for name in sounds):
         said = (test.problems or ["?"])[0]

@@ -19,7 +19,7 @@ import numpy as np
 
 from muser_dist.config import (
     DataConfig,
-    Modality,
+    Feature,
     ModelConfig,
     ObjectiveConfig,
     PairConfig,
@@ -83,7 +83,7 @@ class External:
         ConfigError: no such function, or what it returns lacks something.
     """
 
-    modalities: tuple[Modality, ...] = ("audio", "text")
+    modalities: tuple[Feature, ...] = ("audio", "text")
 
     def __init__(self, name: str, weights: str | None = None, device: str = "cpu") -> None:
         make = resolve(name, EXTERNAL, "model")
@@ -117,7 +117,7 @@ class External:
             objective=ObjectiveConfig(pairs=(PairConfig("audio", "text"),)),
         )
 
-    def encode_chunk(self, modality: Modality, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_chunk(self, modality: Feature, chunk: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Embeds a chunk's valid rows; the others are 0. Without `audio_features` the second array has no columns."""
         valid = np.flatnonzero(chunk[f"valid_{modality}"])
         if modality == "text":

@@ -88,7 +88,7 @@ def _counts(part: str) -> bool:
 
 def score_names(config: RunConfig) -> list[str]:
     """All that `flat_scores` may hold for a run of this config; the data decide which fields are there, and as what."""
-    towers, heads = list(config.model.towers()), config.data.label_kinds()
+    towers, heads = list(config.evaluated), config.data.label_kinds()
     directions = [f"{query}->{answer}" for query, answer in permutations(towers, 2)]
     asked = config.evaluate.fields if "text" in towers else ()
     by_prompts = [f"{field} by {name}" for field in asked for name in towers if name != "text"]

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from muser_dist.data.config import Strict
 from muser_dist.errors import require
+from muser_dist.strict import Strict
 
-Modality = Literal["audio", "spectrogram", "text"]
-MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "text")
+Modality = Literal["audio", "spectrogram", "symbolic", "text"]
+MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "symbolic", "text")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class TowerConfig(Strict):
     freeze: bool = False
     """Keeps the tower's weights as they are (dropout off, batch norms with running statistics) and trains its head
     only. It runs forward once, also where chunks are encoded twice."""
+    freeze_head: bool = False
+    """Keeps the head of a frozen tower too: the modality stays as it is. No pair need name it then, and what none names
+    is not even encoded in training."""
     cache_rows: int = 0
     """Rows of a frozen text tower's output that a worker keeps, so that a text that comes again is not encoded again
     (width x 4 bytes each, on its device). 0 keeps none."""
@@ -44,6 +47,10 @@ class TowerConfig(Strict):
 
     def __post_init__(self) -> None:
         require(self.cache_rows >= 0, "cache_rows of a tower must not be negative")
+        require(
+            self.freeze or not self.freeze_head,
+            "freeze_head keeps the head of a tower that does not change either; give freeze too",
+        )
         require(
             self.cache_rows == 0 or self.freeze,
             "cache_rows keeps outputs of a tower that does not change; give freeze too (--model.text.freeze)",
@@ -64,6 +71,8 @@ class ModelConfig(Strict):
     """Tower that hears the waveform; None leaves the modality out."""
     spectrogram: TowerConfig | None = None
     """Tower that sees the log-mel spectrogram; None leaves the modality out."""
+    symbolic: TowerConfig | None = None
+    """Tower that reads notation: ABC, MusicXML, MIDI; None leaves the modality out."""
     text: TowerConfig | None = None
     """Tower that reads the text; None leaves the modality out."""
     projection_dim: int = 128

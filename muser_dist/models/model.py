@@ -22,6 +22,7 @@ from muser_dist.models.spectrogram import SpectrogramTower
 from muser_dist.models.symbolic import M3, M3Pretraining
 from muser_dist.models.text import TextTower
 from muser_dist.models.waveform import WaveformTower
+from muser_dist.objectives.config import TOWER_OF
 from muser_dist.plugins import resolve
 
 AUXILIARY = "loss/"
@@ -125,10 +126,13 @@ class MultimodalModel(nn.Module):
         self._frozen: dict[str, FrozenOutputs] = {}
         self._to_compile = {name for name, settings in config.model.towers().items() if settings.compile}
         self._compiled: set[str] = set()
+        self._idle = frozenset(config.model.towers()) - frozenset(config.encoded)
         for name, settings in config.model.towers().items():
             if settings.freeze:
                 self.towers[name].requires_grad_(False)
                 self._frozen[name] = FrozenOutputs(settings.cache_rows)
+            if settings.freeze_head:
+                self.heads[name].requires_grad_(False)
             if settings.checkpoint_activations:
                 recompute_activations(self.towers[name])
         self.train()
@@ -142,7 +146,8 @@ class MultimodalModel(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor], moment: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Encodes every modality of a chunk; with a second view in it, both views in one pass of the audio tower.
+        """Encodes every modality of a chunk, in training those that pairs name; with a second view or another notation
+        in it, both in one pass of their tower.
 
         Args:
             batch: the chunk's arrays as tensors (muser_dist/data/pipeline.py).
@@ -150,17 +155,20 @@ class MultimodalModel(nn.Module):
                 dropout: the same on every number of workers, and again in a second pass.
 
         Returns:
-            (rows, dim) float32 for each modality and perhaps "view" and "fused", not normalised; "label/<field>" (rows,
-            values) float32, logits; and what depends on parameters alone: what `LogitScale` gives, and, where `moment`
-            is given, the auxiliary losses of towers that are trained, as "loss/MODALITY/NAME". They come from here
-            because at ZeRO-3 a parameter can be read only inside its module's forward.
+            (rows, dim) float32 for each modality and perhaps "view", "notation" and "fused", not normalised;
+            "label/<field>" (rows, values) float32, logits; and what depends on parameters alone: what `LogitScale`
+            gives, and, where `moment` is given, the auxiliary losses of towers that are trained, as
+            "loss/MODALITY/NAME". They come from here because at ZeRO-3 a parameter can be read only inside its module's
+            forward.
         """
         out: dict[str, Tensor] = {}
         # Here and not around the call: DeepSpeed switches an outer autocast off.
         with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=self.bf16):
             for name in self.towers:
-                views = name == "audio" and "view" in batch
-                inputs = _both_views(batch) if views else batch
+                if moment is not None and name in self._idle:
+                    continue
+                second = _second(name, batch)
+                inputs = _both(second, batch) if second else batch
                 if moment is None:
                     features = self.towers[name](inputs)
                 else:
@@ -168,9 +176,9 @@ class MultimodalModel(nn.Module):
                     features = self._train_tower(name, inputs, moment)
                     out |= self._auxiliary_losses(name)
                 projected = self._project(name, features)
-                out |= dict(zip(("audio", "view"), projected.chunk(2), strict=True)) if views else {name: projected}
+                out |= dict(zip((name, second), projected.chunk(2), strict=True)) if second else {name: projected}
                 if name == self.labelled:
-                    out |= self._logits(features.chunk(2)[0] if views else features)
+                    out |= self._logits(features.chunk(2)[0] if second else features)
             if self.fusion is not None and self.fused is not None:
                 fused = self.fusion(out[self.fused], out["text"])
                 out["fused"] = fused.to(torch.promote_types(fused.dtype, torch.float32))
@@ -220,10 +228,24 @@ class MultimodalModel(nn.Module):
         return projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
-def _both_views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The views of a chunk as rows of one batch, the second ones last."""
-    pairs = (("audio", "view"), ("audio_length", "view_length"))
-    return {first: torch.cat([batch[first], batch[second]]) for first, second in pairs}
+_SECOND: dict[str, dict[str, str]] = {
+    "view": {"audio": "view", "audio_length": "view_length"},
+    "notation": {"patches": "notation_patches", "patches_length": "notation_length"},
+}
+"""Of what a tower embeds besides its own modality, the arrays that it reads, and which of the chunk's those are."""
+
+
+def _second(modality: str, batch: dict[str, Tensor]) -> str:
+    """What a tower embeds besides its modality; "" where that is nothing."""
+    there = (
+        name for name, arrays in _SECOND.items() if TOWER_OF[name] == modality and batch.keys() >= {*arrays.values()}
+    )
+    return next(there, "")
+
+
+def _both(second: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's own modality and the second one as rows of one batch, the second ones last."""
+    return {read: torch.cat([batch[read], batch[other]]) for read, other in _SECOND[second].items()}
 
 
 def _forget_outputs(model: MultimodalModel, _: object) -> None:

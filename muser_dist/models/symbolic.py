@@ -8,15 +8,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from muser_dist.data.config import DataConfig
+from muser_dist.data.symbolic.characters import BOS, CHARACTERS, EOS, MASK, PAD, PATCH_BYTES
 from muser_dist.errors import require
 from muser_dist.models.heads import inside
 from muser_dist.models.transformer import VectorBert
-
-CHARACTERS = 128
-"""ASCII; the first four are no text but the following."""
-PAD, BOS, EOS, MASK = range(4)
-PATCH = 64
-"""Characters of a patch, BOS and EOS among them."""
 
 
 class PatchEmbedding(nn.Linear):
@@ -26,12 +21,12 @@ class PatchEmbedding(nn.Linear):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(PATCH * CHARACTERS, width)
+        super().__init__(PATCH_BYTES * CHARACTERS, width)
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (rows, patches, 64) uint8, below 128, to (rows, patches, width)."""
-        columns = patches.long() + CHARACTERS * torch.arange(PATCH, device=patches.device)
+        columns = patches.long() + CHARACTERS * torch.arange(PATCH_BYTES, device=patches.device)
         table = self.weight.t().contiguous()
         summed = F.embedding_bag(columns.flatten(0, 1), table, mode="sum")
         return summed.unflatten(0, patches.shape[:2]) + self.bias
@@ -41,8 +36,8 @@ class M3(VectorBert):
     """BERT over patches of ABC notation or MIDI as text, averaged over the patches of a piece.
 
     Args:
-        data: gives nothing.
-        patches: most of a piece.
+        data: gives the most patches of a piece, where `patches` does not.
+        patches: most of a piece; published weights have 512.
         width: channels, and the output's.
         depth: layers.
         heads: attention heads; must divide `width`.
@@ -53,13 +48,13 @@ class M3(VectorBert):
         self,
         data: DataConfig,
         *,
-        patches: int = 512,
+        patches: int | None = None,
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(width, depth, heads, dropout, patches)
+        super().__init__(width, depth, heads, dropout, patches or data.symbolic.max_patches)
         self.patch_embedding = PatchEmbedding(width)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -83,7 +78,7 @@ class M3(VectorBert):
         require(
             patches.shape[1] <= self.positions,
             f"model.symbolic.options.patches: {patches.shape[1]} patches do not fit into {self.positions} positions; "
-            "give as many as the data has",
+            "give at least data.symbolic.max_patches",
         )
         return patches[:, : int(lengths.max())], lengths  # most pieces are far shorter than the longest that fits
 
@@ -102,7 +97,7 @@ class PatchDecoder(nn.Module):
         super().__init__()
         config = GPT2Config(
             vocab_size=CHARACTERS,
-            n_positions=PATCH,
+            n_positions=PATCH_BYTES,
             n_embd=width,
             n_layer=depth,
             n_head=heads,
@@ -141,7 +136,7 @@ class M3Pretraining(nn.Module):
     In evaluation it is M3. Its weights start an M3: names are the same, under "encoder.".
 
     Args:
-        data: gives nothing.
+        data: as of `M3`.
         selected: share of a piece's patches that the decoder writes again.
         corrupt: whether one draw decides what becomes of all selected patches of a piece, as in the released code, or
             each has its own, as BERT's words. See `corrupted`.
@@ -216,7 +211,7 @@ def corrupted(patches: Tensor, lengths: Tensor, share: float, each: bool) -> tup
 
 def _shuffled(patches: Tensor) -> Tensor:
     """Each patch with the characters between its first and its EOS in random order."""
-    place = torch.arange(PATCH, device=patches.device)
+    place = torch.arange(PATCH_BYTES, device=patches.device)
     text = (patches == EOS).cumsum(dim=2).eq(0) & (place > 0)
     # In order of these the first stays first, what follows the text stays where it is, and that is between.
     order = torch.where(text, torch.rand(patches.shape, device=patches.device), place - 1.0 + (place > 0))

@@ -1,15 +1,21 @@
 """ObjectiveConfig: what is contrasted with what, and by which loss."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
-from muser_dist.data.config import Strict
 from muser_dist.errors import require
+from muser_dist.models.config import Modality
+from muser_dist.strict import Strict
 
-Feature = Literal["audio", "spectrogram", "text", "view", "partner", "fused"]
+Feature = Literal["audio", "spectrogram", "symbolic", "text", "view", "notation", "partner", "fused"]
 """What pairs contrast: a tower's modality; "view", another crop of the same clip, drawn and augmented apart, which
-the audio tower and its head embed too; or, where rows come in pairs of songs that listeners like together (data.pairs),
-"partner", the other modality of the pair as the other song has it, and "fused", that song's fusion with its text."""
+the audio tower and its head embed too; "notation", another notation of the same piece (of ABC and MIDI the other one),
+which the symbolic tower and its head embed too; or, where rows come in pairs of songs that listeners like together
+(data.pairs), "partner", the other modality of the pair as the other song has it, and "fused", that song's fusion with
+its text."""
+
+TOWER_OF: dict[str, Modality] = {"view": "audio", "notation": "symbolic"}
+"""Of features that a tower embeds besides its own modality, the tower."""
 
 WITHOUT_PAIRS = ("supervised", "masked_patches")
 """Objectives that contrast nothing."""
@@ -22,6 +28,7 @@ class PairConfig(Strict):
     second: Feature
     """The other one; both directions are trained. "view" is another crop of the clip, for the audio tower: with audio
     as the other one, rows of the anchor's own view are negatives too (NT-Xent), and only the row itself is a match.
+    "notation" with symbolic is contrasted as any two modalities, and only the row itself is a match.
     "partner" and "fused" are of the song that is liked together with the row's; only that song is a match."""
     weight: float = 1.0
     """Share of this pair in the loss; weights are divided by their sum."""
@@ -30,6 +37,18 @@ class PairConfig(Strict):
     def of_views(self) -> bool:
         """Whether the pair is of two views of one clip through one tower."""
         return {self.first, self.second} == {"audio", "view"}
+
+    @property
+    def of_one(self) -> bool:
+        """Whether the pair is of two forms of one clip or piece, so that only the row itself is a match."""
+        return self.of_views or {self.first, self.second} == {"symbolic", "notation"}
+
+    @property
+    def towers(self) -> tuple[Modality, Modality]:
+        """The modalities whose towers embed the two."""
+        first = TOWER_OF.get(self.first, self.first)
+        second = {**TOWER_OF, "partner": first, "fused": "text"}.get(self.second, self.second)
+        return cast(Modality, first), cast(Modality, second)
 
     @property
     def of_songs(self) -> bool:
@@ -93,6 +112,16 @@ class ObjectiveConfig(Strict):
     """MiB of gathered embeddings that a worker may hold; above, blocks of them travel in a ring instead."""
 
     @property
+    def embeds(self) -> bool:
+        """Whether towers give embeddings in training."""
+        return self.name != "masked_patches"
+
+    @property
+    def needs_notation(self) -> bool:
+        """Whether a row that has no other notation is of no use."""
+        return bool(self.pairs) and all("notation" in (pair.first, pair.second) for pair in self.pairs)
+
+    @property
     def reads_text(self) -> bool:
         """Whether it matters which rows' texts state the same facts."""
         return bool(self.pairs) and (self.targets == "same_text" or self.exclude_same_text)
@@ -113,7 +142,8 @@ class ObjectiveConfig(Strict):
         for pair in self.pairs:
             require(pair.first != pair.second, f"objective.pairs contrasts {pair.first} with itself")
             require(
-                pair.first not in ("partner", "fused") and not (pair.of_songs and pair.first in ("text", "view")),
+                pair.first not in ("partner", "fused")
+                and not (pair.of_songs and pair.first not in ("audio", "spectrogram")),
                 f"objective.pairs: {pair.first}-{pair.second}: give audio or spectrogram first, then partner or fused",
             )
             require(pair.weight > 0, f"objective.pairs: the weight of {pair.first}-{pair.second} must be positive")

@@ -38,7 +38,7 @@ class Similarities:
         p = config.pairs.index(pair)
         x, y = (pair.second, pair.first) if reverse else (pair.first, pair.second)
         self.config, self.batch = config, batch
-        self.targets = "instance" if pair.of_views else config.targets
+        self.targets = "instance" if pair.of_one else config.targets
         self.of_views = pair.of_views
         self.scale = logits.scale[p]
         self.bias = logits.bias[p] if logits.bias is not None else 0.0

@@ -25,7 +25,7 @@ class Meeting:
         pair: number of the pair of the config.
         first, second: names of the features.
         share: of the pair's loss.
-        of_views, of_songs: as in `PairConfig`.
+        of_views, of_one, of_songs: as in `PairConfig`.
     """
 
     pair: int
@@ -33,12 +33,13 @@ class Meeting:
     second: str
     share: float = 1.0
     of_views: bool = False
+    of_one: bool = False
     of_songs: bool = False
 
     @classmethod
     def of(cls, number: int, pair: PairConfig) -> "Meeting":
         """A pair of the config."""
-        return cls(number, pair.first, pair.second, 1.0, pair.of_views, pair.of_songs)
+        return cls(number, pair.first, pair.second, 1.0, pair.of_views, pair.of_one, pair.of_songs)
 
 
 def meetings_of_songs(meetings: Iterable[Meeting]) -> list[Meeting]:

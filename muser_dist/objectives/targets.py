@@ -21,7 +21,7 @@ class Sides(Protocol):
     @property
     def second(self) -> str: ...
     @property
-    def of_views(self) -> bool: ...
+    def of_one(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Matches:
 
     @classmethod
     def of(cls, rows: GlobalBatch, config: ObjectiveConfig, pairs: Sequence[Sides]) -> "list[Matches]":
-        """The matches of each pair under the config's targets; of two views or two songs, only the row itself."""
-        of_targets, of_views = _ids(_target_ids(rows, config.targets)), _ids(_target_ids(rows, "instance"))
+        """The matches of each pair under the config's targets; of two forms of one piece or two songs, only the row."""
+        of_targets, of_one = _ids(_target_ids(rows, config.targets)), _ids(_target_ids(rows, "instance"))
         ids = [_ids(rows.row)]  # two copies of a clip, as at the end of a pass over the data
         if config.exclude_same_text:
             ids.append(_ids(rows.text_id))
@@ -121,7 +121,7 @@ class Matches:
         found = []
         for pair in pairs:
             valid = rows.valid[pair.first] & rows.valid[pair.second]
-            label, repeated = of_views if pair.of_views or rows.partner is not None else of_targets
+            label, repeated = of_one if pair.of_one or rows.partner is not None else of_targets
             found.append(cls(valid, label, repeated, barred, bool(valid.all()), songs))
         return found
 

@@ -31,7 +31,7 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
 
     "base" has the published sizes: two minutes of 128 mel bands every 96 ms through 12 layers, multilingual BERT, heads
     of 384 and 192 units to 100 dimensions, temperatures that start at exp(-2.6). The sample rate is not published. BERT
-    and its tokenizer come from the hub, or from a folder (--data.tokenizer, --model.text.options model FOLDER).
+    and its tokenizer come from the hub, or from a folder (--data.tokenizer, --model.text.options.model FOLDER).
 
     What is not as released: padding is not heard; the gradient of negatives on other workers counts; the heads of stage
     1 are kept, where the released script draws new ones, as are learning rates that fall to 0 with half a cosine. And

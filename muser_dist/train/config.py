@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from muser_dist.data.config import Strict
 from muser_dist.errors import require
+from muser_dist.strict import Strict
 
 
 @dataclass(frozen=True)

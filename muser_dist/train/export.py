@@ -118,6 +118,17 @@ def card(run: Path, config: RunConfig, record: dict[str, Any], samples: int, sta
     used = f" Of {read:,} rows read, {bad:,} could not be used." if read is not None and bad is not None else ""
     templates = "\n".join(f"- `{template}`" for template in config.data.templates)
     pairs = ", ".join(f"{pair.first}–{pair.second}" for pair in config.objective.pairs)
+    data = config.data
+    if all(name in ("symbolic", "text") for name in config.model.towers()):
+        use = 'muser.encode_symbolic(["YOUR_TUNE.abc"])'
+        takes = (
+            f"It reads {data.symbolic.max_patches} patches of ABC or MIDI at a time; longer ones are cut into windows."
+        )
+    else:
+        use = 'muser.encode_audio(["YOUR_SONG.mp3"])'
+        takes = (
+            f"It hears {data.crop_seconds:g} s at {data.sample_rate:,} Hz at a time; longer clips are cut into windows."
+        )
     return f"""---
 library_name: muser_dist
 pipeline_tag: feature-extraction
@@ -140,10 +151,10 @@ to look what the licences of the training data allow.
 from muser_dist import Muser
 
 muser = Muser.from_pretrained("FOLDER")  # this one
-print(muser.encode_text(["a slow waltz"]) @ muser.encode_audio(["YOUR_SONG.mp3"]).T)
+print(muser.encode_text(["a slow waltz"]) @ {use}.T)
 ```
 
-It hears {config.data.crop_seconds:g} s at {config.data.sample_rate:,} Hz at a time; longer clips are cut into windows.
+{takes}
 
 ## Training
 

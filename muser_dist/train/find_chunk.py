@@ -19,6 +19,7 @@ from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.labels import Labels, with_stand_ins
 from muser_dist.data.spectrogram import in_tasks
+from muser_dist.data.symbolic.characters import CHARACTERS, PATCH_BYTES
 from muser_dist.data.text import load_tokenizer
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.models.model import MultimodalModel
@@ -160,16 +161,23 @@ def _chunk(config: RunConfig, size: int, number: int) -> Chunk:
         "row": rows,
         "text_id": rows,
         "label_id": rows,
-        "audio": rng.integers(-9_000, 9_000, (size, data.crop_samples), np.int16),
-        "audio_length": np.full(size, data.crop_samples, np.int32),
         "text_ids": rng.integers(0, vocabulary, (size, data.max_tokens), np.int32),
         "text_length": np.full(size, data.max_tokens, np.int32),
     }
+    if "audio" in config.features or "spectrogram" in config.features:
+        chunk["audio"] = rng.integers(-9_000, 9_000, (size, data.crop_samples), np.int16)
+        chunk["audio_length"] = np.full(size, data.crop_samples, np.int32)
     if config.model.spectrogram is not None and data.spectrogram_on == "cpu":
         with torch.inference_mode():
             chunk["spectrogram"] = (
                 in_tasks(data, config.model.spectrogram)(torch.from_numpy(chunk["audio"])).half().numpy()
             )
+    if "symbolic" in config.features:
+        patches = rng.integers(4, CHARACTERS, (size, data.symbolic.max_patches, PATCH_BYTES), np.uint8)
+        length = np.full(size, data.symbolic.max_patches, np.int32)
+        chunk |= {"patches": patches, "patches_length": length}
+        if "notation" in config.features:
+            chunk |= {"notation_patches": patches, "notation_length": length}
     if "view" in config.features:
         chunk |= {"view": chunk["audio"], "view_length": chunk["audio_length"]}
     labels = {name: np.maximum(array, 0) for name, array in Labels(data).empty(size).items()}

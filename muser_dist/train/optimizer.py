@@ -21,15 +21,15 @@ def parameter_groups(model: MultimodalModel, config: RunConfig) -> list[dict[str
         "logits"), in a fixed order.
     """
     parts: list[tuple[str, nn.Module, float]] = []
-    for name, tower in config.model.towers().items():
+    for modality, tower in config.model.towers().items():
         lr = tower.lr if tower.lr is not None else config.train.lr
         if tower.head_lr is None:
-            parts.append((name, nn.ModuleList([model.towers[name], model.heads[name]]), lr))
+            parts.append((modality, nn.ModuleList([model.towers[modality], model.heads[modality]]), lr))
         else:
-            parts += [(name, model.towers[name], lr), (name, model.heads[name], tower.head_lr)]
-    for label, module in (("label_heads", model.label_heads), ("fusion", model.fusion)):
-        if module is not None:
-            parts.append((label, module, config.train.lr))
+            parts += [(modality, model.towers[modality], lr), (modality, model.heads[modality], tower.head_lr)]
+    for name, heads in (("label_heads", model.label_heads), ("fusion", model.fusion)):
+        if heads is not None:
+            parts.append((name, heads, config.train.lr))
     parts.append(("logits", model.logits, config.train.lr))
 
     groups = []

@@ -20,6 +20,7 @@ from muser_dist.data.partners import Found, Partners, find_partners
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import in_tasks
 from muser_dist.data.storage import Storage, redact
+from muser_dist.data.symbolic.characters import PATCH_BYTES
 from muser_dist.data.text import check_templates, load_tokenizer
 from muser_dist.errors import CheckpointError, ConfigError, DataError
 from muser_dist.files import write_whole
@@ -67,6 +68,13 @@ def check_settings(config: RunConfig) -> int:
         )
     if config.data.spectrogram_on == "cpu" and config.model.spectrogram is not None:
         in_tasks(config.data, config.model.spectrogram)
+    if config.model.symbolic is not None:
+        try:
+            import muser_dist.data.symbolic.encode  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"model.symbolic: what reads notation is not installed ({error}); pip install 'muser_dist[symbolic]'"
+            ) from None
     if not config.data.training_sources():
         raise ConfigError(
             "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
@@ -114,6 +122,11 @@ def check_model(config: RunConfig) -> int:
             "text_ids": torch.from_numpy(ids),
             "text_length": torch.from_numpy(lengths),
         }
+        if config.model.symbolic is not None:
+            row |= {
+                "patches": torch.zeros(1, data.symbolic.max_patches, PATCH_BYTES, dtype=torch.uint8),
+                "patches_length": torch.tensor([data.symbolic.max_patches], dtype=torch.int32),
+            }
         if "view" in config.features:
             row |= {"view": row["audio"], "view_length": row["audio_length"]}
         try:

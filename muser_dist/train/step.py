@@ -27,7 +27,19 @@ from muser_dist.train.engine import Engine
 
 _OF_LOGITS = ("scale", "bias")
 
-TENSORS = ("audio", "audio_length", "view", "view_length", "spectrogram", "text_ids", "text_length")
+TENSORS = (
+    "audio",
+    "audio_length",
+    "view",
+    "view_length",
+    "spectrogram",
+    "patches",
+    "patches_length",
+    "notation_patches",
+    "notation_length",
+    "text_ids",
+    "text_length",
+)
 """Arrays of a chunk that towers may read."""
 
 

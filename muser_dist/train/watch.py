@@ -99,7 +99,7 @@ class Watch:
         Raises:
             StopTraining: too few rows can be used.
         """
-        train, pairs = self._config.train, self._config.objective.pairs
+        train, objective, pairs = self._config.train, self._config.objective, self._config.objective.pairs
         samples = done * train.global_batch
         problems = self.accounting.flush()
         if self._log:
@@ -117,7 +117,8 @@ class Watch:
             line[f"temperature/{pair.first}-{pair.second}"] = 1.0 / made.logits.scale[p].item()
             if made.logits.bias is not None:
                 line[f"bias/{pair.first}-{pair.second}"] = made.logits.bias[p].item()
-        line |= batch_health(made.features, made.batch, pairs)
+        # Of masked patches a tower gives sums, which are no embeddings.
+        line |= batch_health(made.features if objective.embeds else {}, made.batch, pairs)
         line |= {"lr": train.lr * lr_factor(samples, train), **self.accounting.totals}
         line |= self.stopwatch.lap((done - self._logged_step) * train.global_batch)
         line["decode_ms_per_row"] = self.accounting.decode_ms_per_row()

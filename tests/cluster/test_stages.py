@@ -24,7 +24,7 @@ PREFERENCE = (*SEMANTIC, PairConfig("audio", "partner"), PairConfig("audio", "fu
 
 def stages(corpus: Path, storage: Path, pairs: Path, name: str) -> tuple[RunConfig, ...]:
     fields = {
-        "train": {"workers": 2, "samples": 64, "global_batch": 16, "chunk": 4, "checkpoint_samples": 32},
+        "train": {"workers": 2, "samples": 128, "global_batch": 16, "chunk": 4, "checkpoint_samples": 32},
         "model": replace(small_config().model, spectrogram=None),
         "storage": str(storage),
         "name": name,
@@ -45,12 +45,13 @@ def test_both_stages_train_and_a_broken_off_second_goes_on(cluster, corpus, tmp_
 
     straight = pretrain_stages(stages(corpus, tmp_path, pairs, "straight"), ["test"])
     runs = stages(corpus, tmp_path, pairs, "broken")
-    arm(cluster, "kill", call=3, ranks=(0, 1))
-    with pytest.raises(MuserError, match="goes on from step 2"):
+    arm(cluster, "kill", call=7, ranks=(0, 1))
+    with pytest.raises(MuserError, match=r"goes on from step [24]\."):  # writing takes as long as some of these steps
         pretrain_stages(runs, ["test"])
     folder = pretrain_stages(runs, ["test"])
     assert [e["step"] for e in read_lines(folder / "semantic" / EVENTS) if e["event"] == "start"] == [0]
-    assert [e["step"] for e in read_lines(folder / "preference" / EVENTS) if e["event"] == "start"] == [0, 2]
+    starts = [e["step"] for e in read_lines(folder / "preference" / EVENTS) if e["event"] == "start"]
+    assert starts in ([0, 2], [0, 4])
 
     first, last = (load_file(folder / name / "model" / "model.safetensors") for name in ("semantic", "preference"))
     uninterrupted = load_file(straight / "model" / "model.safetensors")
@@ -64,7 +65,7 @@ def test_both_stages_train_and_a_broken_off_second_goes_on(cluster, corpus, tmp_
     assert {"loss/audio-text", "loss/audio-partner", "loss/audio-fused", "grad_norm/fusion"} <= line.keys()
     assert {"alignment/audio-partner", "alignment/audio-fused", "temperature/audio-fused"} <= line.keys()
     assert line["grad_norm/fusion"] > 0
-    assert line["rows_read"] == line["rows_used"] + line["rows_quarantined"] == 64
+    assert line["rows_read"] == line["rows_used"] + line["rows_quarantined"] == 128
 
     # One model, which hears audio alone.
     song = tmp_path / "song.flac"

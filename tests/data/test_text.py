@@ -188,3 +188,68 @@ def test_every_script_goes_from_metadata_to_tokens_intact(script):
         assert set(found[1:length].tolist()) <= set(ids.tolist())
     others = {other for other in SENTENCES if other != script}
     assert all(text_id({"caption": SENTENCES[other][0]}) != text_id(facts) for other in others)
+
+
+LINES = "{title} | by {composer}, a {form} | {tags} | {notes}"
+
+
+def test_a_template_with_bars_is_one_of_lines():
+    fields = {"title": "Reel", "form": "jig", "composer": "Ann", "tags": ["slow", "sad", "Reel"]}
+    sentence, facts = render(LINES, fields)
+    assert sentence == "Reel | by Ann, a jig | slow | sad"  # equal lines come once
+    assert facts == {"title": "Reel", "composer": "Ann", "form": "jig", "tags": ["slow", "sad"]}
+    assert render(LINES, {"form": "jig"}) == ("a jig", {"form": "jig"})
+    assert render(LINES, {"other": "jig"}) == ("", {})
+    policy = TextPolicy(DataConfig(), (LINES, "{title}"))
+    assert policy.say({"notes": "one\n\ntwo  lines", "title": "Reel"}, None)[0] == "Reel | one | two lines"
+    assert TextPolicy(DataConfig(), ("{notes}",)).say({"notes": "one\ntwo"}, None)[0] == "one two"
+
+
+TEXTS = st.text("abcdefgh", min_size=1, max_size=3)
+VALUES = st.one_of(TEXTS, st.lists(TEXTS, min_size=1, max_size=5))
+
+
+@given(
+    values=st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), VALUES, min_size=1),
+    dropout=st.sampled_from([0.0, 0.5, 0.99]),
+    seed=st.integers(0, 999),
+)
+def test_lines_are_some_of_all_in_any_order(values, dropout, seed):
+    template = "{a} | {b} | {c} | {d}"
+    whole, all_facts = render(template, values)
+    said, facts = render(template, values, np.random.default_rng(seed), dropout)
+    every, lines = whole.split(" | "), said.split(" | ")
+    assert set(lines) <= set(every) and len(lines) == len(set(lines)) >= 1
+    assert dropout or sorted(lines) == sorted(every)
+    stated = [line for value in facts.values() for line in ([value] if isinstance(value, str) else value)]
+    assert sorted(stated) == sorted(lines)
+    assert facts.keys() <= all_facts.keys()
+    assert (text_id(facts) == text_id(all_facts)) == (sorted(lines) == sorted(every))
+
+
+def test_each_line_is_dropped_with_its_probability_and_stands_anywhere():
+    policy = TextPolicy(DataConfig(line_dropout=0.5), ("{tags} | {notes}",))
+    values = {"tags": ["one", "two", "three"], "notes": "four\nfive"}
+    said = [policy.say(values, np.random.default_rng(seed))[0].split(" | ") for seed in range(2000)]
+    for word in ("one", "two", "three", "four", "five"):
+        assert np.mean([word in lines for lines in said]) == pytest.approx(0.5 + 0.5**5, abs=0.04)
+        first = [lines[0] == word for lines in said if word in lines]
+        assert np.mean(first) == pytest.approx(np.mean([1 / len(lines) for lines in said if word in lines]), abs=0.05)
+
+
+def test_the_published_shares_of_raw_english_and_translated_texts():
+    raw = "{title} | {tags}"
+    templates = (raw, raw, "{summary_en}", "{summary}")
+    values = {"title": "T", "tags": ["x", "y"], "summary_en": "English", "summary": {"ru": "русский", "el": "ελληνικά"}}
+    policy = TextPolicy(DataConfig(line_dropout=0.5), templates)
+    said = [policy.say(values, np.random.default_rng(seed))[0] for seed in range(2000)]
+    shares = {text: said.count(text) / 2000 for text in ("English", "русский", "ελληνικά")}
+    assert shares == pytest.approx({"English": 0.25, "русский": 0.125, "ελληνικά": 0.125}, abs=0.03)
+    assert policy.say(values, None)[0] == "T | x | y"
+
+
+@given(st.dictionaries(st.sampled_from(["genre", "kind"]), st.text(min_size=1)), st.integers(0, 99))
+def test_templates_without_bars_draw_as_before(fields, seed):
+    with_rng = np.random.default_rng(seed)
+    assert render(TEMPLATE, fields, with_rng, 0.9) == render(TEMPLATE, fields)
+    assert with_rng.random() == np.random.default_rng(seed).random()

@@ -84,7 +84,7 @@ def global_chunks(config: RunConfig, messy: bool = True) -> list[dict]:
 
 
 def on_device(chunks: list[dict], config: RunConfig) -> list[DeviceChunk]:
-    return [to_device(chunk, tuple(config.model.towers()), torch.device("cpu")) for chunk in chunks]
+    return [to_device(chunk, config.features, torch.device("cpu")) for chunk in chunks]
 
 
 def expected(config: RunConfig) -> tuple[float, dict[str, torch.Tensor]]:

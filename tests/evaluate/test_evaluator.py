@@ -234,7 +234,7 @@ def test_a_model_that_reads_no_text_is_scored_by_what_needs_none(muser, tmp_path
     assert found["zero_shot"] == {}
     assert found["skipped_fields"] == {"instrument, zero-shot": "the model has no text tower"}
     assert "linear probe" in describe(found)
-    with pytest.raises(DataError, match="no tower that hears"):
+    with pytest.raises(DataError, match="no tower besides that of texts"):
         score(Deaf(), config, rows)
 
 

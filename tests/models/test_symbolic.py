@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from muser_dist.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TowerConfig
+from muser_dist.data.symbolic.characters import BOS, EOS, MASK, PAD, PATCH_BYTES
 from muser_dist.errors import ConfigError
 from muser_dist.models.model import MultimodalModel, build_tower
 from muser_dist.models.recompute import repeated_layers
-from muser_dist.models.symbolic import BOS, EOS, M3, MASK, PAD, PATCH, M3Pretraining, PatchEmbedding, corrupted
+from muser_dist.models.symbolic import M3, M3Pretraining, PatchEmbedding, corrupted
 from muser_dist.models.weights import match_weights
 from tests.distributed.engine_cells import config_for
 from tests.distributed.loss_cells import TOLERANCE, errors
@@ -29,13 +30,13 @@ SIZES = {"width": 16, "depth": 2, "heads": 2, "patches": 12}
 def notation(lengths: list[int], patches: int = 12, seed: int = 0) -> dict[str, Tensor]:
     """Pieces of random text; each patch has 1 to 64 characters with its BOS, and its EOS where there is room."""
     generator = torch.Generator().manual_seed(seed)
-    out = torch.zeros(len(lengths), patches, PATCH, dtype=torch.uint8)
+    out = torch.zeros(len(lengths), patches, PATCH_BYTES, dtype=torch.uint8)
     for row, length in enumerate(lengths):
         for patch in out[row, :length]:
-            written = int(torch.randint(1, PATCH + 1, (), generator=generator))
+            written = int(torch.randint(1, PATCH_BYTES + 1, (), generator=generator))
             patch[:written] = torch.randint(4, 128, (written,), generator=generator)
             patch[0] = BOS
-            if written < PATCH:
+            if written < PATCH_BYTES:
                 patch[written] = EOS
     return {"patches": out, "patches_length": torch.tensor(lengths, dtype=torch.int32)}
 
@@ -62,7 +63,7 @@ def test_the_published_sizes(build, parameters):
 def test_a_patch_is_embedded_as_its_one_hot_characters():
     torch.manual_seed(0)
     embedding = PatchEmbedding(24).double()
-    patches = torch.randint(0, 128, (3, 5, PATCH)).to(torch.uint8)
+    patches = torch.randint(0, 128, (3, 5, PATCH_BYTES)).to(torch.uint8)
     one_hot = F.one_hot(patches.long(), 128).double().flatten(2)
     want, weights = F.linear(one_hot, embedding.weight, embedding.bias), torch.randn(3, 5, 24, dtype=torch.float64)
     got = embedding(patches)
@@ -108,7 +109,7 @@ def test_what_is_selected_and_what_becomes_of_it(lengths, share, each, seed):
             if (read == MASK).all():
                 kinds.add("masked")
                 continue
-            end = (there == EOS).nonzero()[0, 0] if (there == EOS).any() else PATCH
+            end = (there == EOS).nonzero()[0, 0] if (there == EOS).any() else PATCH_BYTES
             assert read[0] == there[0] and torch.equal(read[end:], there[end:])
             assert read.sort().values.tolist() == there.sort().values.tolist()
             if not torch.equal(read, there):
@@ -139,7 +140,7 @@ def by_hand(model: M3Pretraining, given_patches: Tensor, selected: Tensor, batch
     out = torch.zeros(len(states), 2, dtype=states.dtype)
     for row, patch in selected.nonzero().tolist():
         characters = batch["patches"][row, patch].long()
-        for place in range(1, PATCH):
+        for place in range(1, PATCH_BYTES):
             if characters[place] == PAD:
                 break
             before = torch.cat([states[row, patch][None], gpt.transformer.wte.weight[characters[1:place]]])
@@ -172,7 +173,7 @@ class Heard(M3Pretraining):
     """Takes the bytes of a clip for notation: it stands in for the modality in the config of a run."""
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        samples = batch["audio"][:, : 12 * PATCH].view(-1, 12, PATCH)
+        samples = batch["audio"][:, : 12 * PATCH_BYTES].view(-1, 12, PATCH_BYTES)
         patches = (4 + samples.remainder(124)).to(torch.uint8)
         patches[:, :, 0], patches[:, :, 40], patches[:, :, 41:] = BOS, EOS, PAD
         lengths = (batch["audio_length"] > 0) * torch.arange(3, 3 + len(samples), device=samples.device)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from muser_dist.data.config import Strict
 from muser_dist.errors import require
+from muser_dist.strict import Strict
 
 Notation = Literal["abc", "midi"]
 

@@ -1,21 +1,17 @@
 """A row's members to patches."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from muser_dist.data.symbolic.abc import clean_abc
-from muser_dist.data.symbolic.config import Notation, SymbolicConfig
+from muser_dist.data.symbolic.config import SymbolicConfig
+from muser_dist.data.symbolic.members import EXTENSIONS, draw_members, kind_of
 from muser_dist.data.symbolic.midi import hide_programs, midi_to_mtf
 from muser_dist.data.symbolic.musicxml import musicxml_to_abc
 from muser_dist.data.symbolic.patches import split_abc, split_mtf, to_patches
 from muser_dist.errors import DataError
-
-EXTENSIONS: dict[Notation, tuple[str, ...]] = {
-    "abc": ("abc", "musicxml", "mxl", "xml"),
-    "midi": ("mid", "midi"),
-}
-"""Extensions of members by what becomes of them; the first that a row has counts."""
 
 
 def encode_symbolic(
@@ -35,35 +31,59 @@ def encode_symbolic(
     Raises:
         DataError: there is no member for it, or the one that is drawn is broken, has no notes or is too large.
     """
-    extension = draw_member(members, config, seed)
+    extension = draw_members(members, config, seed)[0]
     return encode_member(extension, members[extension], config, seed)
-
-
-def draw_member(extensions: Collection[str], config: SymbolicConfig, seed: int | None = None) -> str:
-    """Of the members that a row has, the extension of the one that `encode_symbolic` reads; errors as there."""
-    of_notations = ([name for name in EXTENSIONS[notation] if name in extensions] for notation in config.notations)
-    found = [names[0] for names in of_notations if names]
-    if not found:
-        wanted = ", ".join(name for notation in config.notations for name in EXTENSIONS[notation])
-        raise DataError(f"no member with notation ({wanted})")
-    return found[0] if seed is None else found[int(np.random.default_rng((seed, 0)).integers(len(found)))]
 
 
 def encode_member(
     extension: str, data: bytes, config: SymbolicConfig, seed: int | None = None
 ) -> tuple[np.ndarray, int]:
     """The patches of a member; the rest as of `encode_symbolic`."""
+    # Apart from that of the member: which others a row has must not change the window.
+    rng = None if seed is None else np.random.default_rng((seed, 1))
+    instruments = rng.random() >= config.drop_instruments if rng else config.drop_instruments < 1
+    return to_patches(_pieces(extension, data, config, instruments), config.max_patches, rng)
+
+
+def encode_windows(extension: str, data: bytes, config: SymbolicConfig) -> Iterator[tuple[np.ndarray, int, int]]:
+    """All patches of a member, in windows of `config.max_patches` of which the last ends with the piece.
+
+    Yields:
+        (max_patches, 64) uint8, the number of patches before the padding, and how many of them no window before had.
+
+    Raises:
+        DataError: as of `encode_symbolic`.
+    """
+    most = config.max_patches
+    patches, total = to_patches(_pieces(extension, data, config, config.drop_instruments < 1), None, None)
+    for start in range(0, total, most):
+        first = max(0, min(start, total - most))
+        length = min(total, most)
+        window = np.zeros((most, patches.shape[1]), np.uint8)
+        window[:length] = patches[first : first + length]
+        yield window, length, min(most, total - start)
+
+
+def read_piece(piece: str | Path | bytes, config: SymbolicConfig) -> Iterator[tuple[np.ndarray, int, int]]:
+    """`encode_windows` of a file by its path, or of its bytes; the error names it."""
+    name = "a piece given as bytes" if isinstance(piece, bytes) else str(piece)
+    try:
+        data = piece if isinstance(piece, bytes) else Path(piece).read_bytes()
+        yield from encode_windows(kind_of(data), data, config)
+    except FileNotFoundError:
+        raise DataError(f"{name}: there is no such file") from None
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def _pieces(extension: str, data: bytes, config: SymbolicConfig, instruments: bool) -> list[str]:
+    """The text of a member, in pieces that begin a patch each."""
     if len(data) > config.max_bytes:
         raise DataError(
             f"{len(data):,} bytes of .{extension}, more than {config.max_bytes:,} (data.symbolic.max_bytes)"
         )
-    # Apart from that of the member: which others a row has must not change the window.
-    rng = None if seed is None else np.random.default_rng((seed, 1))
-    instruments = rng.random() >= config.drop_instruments if rng else config.drop_instruments < 1
     if extension in EXTENSIONS["midi"]:
         text = midi_to_mtf(data, config.max_events)
-        pieces = split_mtf(text if instruments else hide_programs(text))
-    else:
-        source = data if extension == "abc" else musicxml_to_abc(data, config.max_bytes, config.max_events)
-        pieces = split_abc(clean_abc(source, config.headers, instruments))
-    return to_patches(pieces, config.max_patches, rng)
+        return split_mtf(text if instruments else hide_programs(text))
+    source = data if extension == "abc" else musicxml_to_abc(data, config.max_bytes, config.max_events)
+    return split_abc(clean_abc(source, config.headers, instruments))

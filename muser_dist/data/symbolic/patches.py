@@ -11,11 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from anyascii import anyascii
 
-PAD, BOS, EOS, MASK = range(4)
-"""Bytes that are no characters. Each patch begins with BOS, ends with EOS and is filled up with PAD; MASK hides one in
-the encoder's own pretraining."""
-
-PATCH_BYTES = 64
+from muser_dist.data.symbolic.characters import BOS, EOS, MASK, PAD, PATCH_BYTES
 
 PATCH_CHARACTERS = PATCH_BYTES - 2
 
@@ -54,12 +50,14 @@ def split_mtf(text: str) -> list[str]:
     return [*groups[1:], group]
 
 
-def to_patches(pieces: Sequence[str], max_patches: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
+def to_patches(
+    pieces: Sequence[str], max_patches: int | None, rng: np.random.Generator | None
+) -> tuple[np.ndarray, int]:
     """Patches of pieces of text.
 
     Args:
         pieces: of ASCII without control characters, but for tabs and line ends.
-        max_patches: most patches, with the special ones that mark begin and end.
+        max_patches: most patches, with the special ones that mark begin and end; None is as many as there are.
         rng: draws head, tail or a window between when there are more; None takes the head. Always drawn from equally
             often.
 
@@ -68,6 +66,7 @@ def to_patches(pieces: Sequence[str], max_patches: int, rng: np.random.Generator
     """
     parts = [piece[i : i + PATCH_CHARACTERS] for piece in pieces for i in range(0, len(piece), PATCH_CHARACTERS)]
     total = len(parts) + 2
+    max_patches = total if max_patches is None else max_patches
     start = _window(total, max_patches, rng)
     patches = np.full((max_patches, PATCH_BYTES), PAD, np.uint8)
     length = min(total, max_patches)

@@ -6,12 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muser_dist.data.symbolic.abc import clean_abc
+from muser_dist.data.symbolic.characters import BOS, EOS, MASK, PAD
 from muser_dist.data.symbolic.midi import midi_to_mtf
 from muser_dist.data.symbolic.patches import (
-    BOS,
-    EOS,
-    MASK,
-    PAD,
     PATCH_CHARACTERS,
     split_abc,
     split_mtf,

@@ -1,0 +1,140 @@
+"""CLaMP 2 on real tunes: what pretraining on masked patches adds to alignment with texts, and what headers give away.
+
+python benchmarks/clamp_table.py --data $PDTUNES --work FOLDER --json OUT.json       writes OUT.md beside it
+
+Trains the recipe clamp2_tiny on ABC, MIDI and captions with several seeds: with and without the stage m3 before it, at
+the same budget of alignment; with a pair of the two notations besides; and with the fields K: and M: hidden from the
+encoder, which captions name in words. Runs are processes of one thread, as many at a time as --processes. What is done
+lies in --work: the same command goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from clamp_table_page import page
+from clamp_table_run import header_copy, pretrain, run
+from muser_table_run import compared
+from record import provenance, say, write
+
+from muser_dist.config import EvaluateConfig, PairConfig, RunConfig, Stages
+from muser_dist.recipes import find_recipe
+
+FIELDS = ("type", "meter", "mode")
+M3, UNTRAINED = "m3", "untrained"
+WITHOUT, WITH, DIRECT, HIDDEN = "without m3", "with m3", "with m3, ABC-MIDI pair", "with m3, K: and M: hidden"
+VARIANTS = (WITHOUT, WITH, DIRECT, HIDDEN)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains and scores what is missing, and writes the JSON and the page."""
+    options = _options(argv)
+    if options.run:
+        variant, seed = options.run
+        config, folder = config_of(options, variant, int(seed)), folder_of(options, variant, int(seed))
+        pretrain(config, folder) if variant == M3 else run(config, variant, folder, trained=variant != UNTRAINED)
+        return
+    seeds = range(options.seeds)
+    for variants in ((M3, UNTRAINED), VARIANTS):  # the second from the first
+        jobs = [(variant, seed) for seed in seeds for variant in variants if variant != UNTRAINED or seed == 0]
+        with ThreadPoolExecutor(options.processes) as pool:
+            list(pool.map(lambda job: _start(options, *job), jobs))
+    given = sys.argv[1:] if argv is None else argv
+    words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
+    results = provenance("benchmarks/clamp_table.py", words, ("torch", "transformers", "scikit-learn", "numpy", "mido"))
+    results |= {"gpu": None, "samples": options.samples, "m3_samples": options.m3_samples}
+    results["pretraining"] = [_scores(options, M3, seed) for seed in seeds]
+    results["rows"] = [_scores(options, UNTRAINED, 0)]
+    results["rows"] += [_scores(options, variant, seed) for variant in VARIANTS for seed in seeds]
+    results["header_copy"] = header_copy(config_of(options, UNTRAINED, 0))
+    results["comparison"] = compared(
+        [folder_of(options, WITH, seed), folder_of(options, WITHOUT, seed)] for seed in seeds
+    )
+    write(options.json, results, page(results, options.json.name))
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of PDTunes-Audio's shards")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and scores, which are kept")
+    parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--m3-samples", type=int, default=8_192, help="that the pretraining trains on")
+    parser.add_argument("--samples", type=int, default=65_536, help="that each alignment trains on")
+    parser.add_argument("--rows", type=int, default=10_000, help="most rows to embed of each set of shards")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    options.given = list(sys.argv[1:] if argv is None else argv)
+    options.work = options.work.absolute()
+    return options
+
+
+def folder_of(options: argparse.Namespace, variant: str, seed: int) -> Path:
+    """What a run leaves behind; other budgets have other folders."""
+    name = variant.replace(" ", "-").replace(",", "").replace(":", "")
+    budget = f"{options.m3_samples}" if variant == M3 else f"{options.m3_samples}-{options.samples}-{options.rows}"
+    return options.work / f"{name}-{budget}-{seed}"
+
+
+def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
+    """A stage of clamp2_tiny on this corpus."""
+    recipe = find_recipe("clamp2_tiny")
+    assert isinstance(recipe, Stages)
+    base = recipe.stages[0 if variant == M3 else 1].config
+    data = replace(
+        base.data, train=(f"{options.data}/pdtunes-train-*.tar",), val=(f"{options.data}/pdtunes-val-*.tar",)
+    )
+    model, objective, train = base.model, base.objective, base.train
+    if variant in (WITH, DIRECT, HIDDEN):
+        assert model.symbolic is not None
+        weights = str(folder_of(options, M3, seed))
+        model = replace(model, symbolic=replace(model.symbolic, weights=weights))
+    if variant == DIRECT:
+        objective = replace(objective, pairs=(*objective.pairs, PairConfig("symbolic", "notation")))
+    if variant == HIDDEN:
+        headers = tuple(name for name in data.symbolic.headers if name not in "KM")
+        data = replace(data, symbolic=replace(data.symbolic, headers=headers))
+    samples = options.m3_samples if variant == M3 else options.samples
+    return replace(
+        base,
+        name=variant.replace(" ", "-"),
+        seed=seed,
+        data=data,
+        model=model,
+        objective=objective,
+        train=replace(
+            train,
+            workers=1,
+            samples=samples // train.global_batch * train.global_batch,
+            warmup_samples=min(train.warmup_samples, samples // 8),
+            chunk=train.global_batch,
+        ),
+        evaluate=EvaluateConfig(fields=FIELDS, rows=options.rows),
+    )
+
+
+def _scores(options: argparse.Namespace, variant: str, seed: int) -> dict:
+    return json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
+
+
+def _start(options: argparse.Namespace, variant: str, seed: int) -> None:
+    folder = folder_of(options, variant, seed)
+    if (folder / "scores.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, *options.given, "--run", variant, str(seed)]
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=log)
+    if done.returncode:
+        raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
+    say(f"{variant}, seed {seed}: done")
+
+
+if __name__ == "__main__":
+    main()
