@@ -37,6 +37,7 @@ def stages(corpus: Path, storage: Path, pairs: Path, name: str) -> tuple[RunConf
     return Stages((Stage("semantic", first), Stage("preference", second))).chained("htcl")
 
 
+@pytest.mark.slow
 def test_both_stages_train_and_a_broken_off_second_goes_on(cluster, corpus, tmp_path):
     names = [f"piece{i:03d}" for i in range(48)]
     pairs = tmp_path / "pairs.parquet"
