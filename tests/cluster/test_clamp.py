@@ -39,6 +39,7 @@ def stages(folder: Path, zero_stage: int) -> tuple[RunConfig, ...]:
     return Stages((Stage("m3", m3), Stage("align", align, "towers"))).chained("clamp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_both_stages_train_and_what_is_frozen_stays(cluster, tmp_path, zero_stage):
     write_scores(tmp_path, 24)
