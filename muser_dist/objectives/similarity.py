@@ -10,7 +10,7 @@ travel, and with them what is known of their columns; a rank holds its own, the 
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -156,8 +156,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, pairs: Pairs, scale_P: Tensor, bias_P: Tensor | None, *features: Tensor) -> Tensor:
         rank, ranks = world()
         b = len(features[0])
-        similarities, own = pairs.similarities(scale_P, bias_P), pairs.compared(features)
-        plan = _RingPlan.of(pairs.which)
+        plan, own = _RingPlan.of(pairs.which), pairs.compared(features)
+        similarities = plan.turned(pairs.similarities(scale_P, bias_P))
         like = features[0].new_empty(0)
         rows = [statistic.empty(b, like) for statistic in pairs.statistics]
         columns = [statistic.empty(b, like) for statistic in pairs.statistics]
@@ -190,6 +190,7 @@ class _Ring(torch.autograd.Function):
         rank, ranks = world()
         b = len(features[0])
         plan = _RingPlan.of(pairs.which)
+        similarities = plan.turned(pairs.similarities(scale_P, bias_P))
         of_features = [torch.zeros_like(x, dtype=stats.dtype) for x in features]
         of_scale, of_bias = torch.zeros_like(scale_P), torch.zeros_like(scale_P)
         known = [plan.in_order(p, [Rows(stats[p, d], grads[0][p, d]) for d in (0, 1)]) for p in range(len(stats))]
@@ -199,7 +200,7 @@ class _Ring(torch.autograd.Function):
         into_x = [torch.zeros_like(of_features[m]) for m in plan.staying]
         for hop in range(ranks):
             owner = (rank - hop) % ranks
-            for p, of in enumerate(pairs.similarities(scale_P, bias_P)):
+            for p, of in enumerate(similarities):
                 x = _masked(features[plan.staying[p]], of, rank * b)
                 y = _masked(blocks[plan.moving[p]], of, owner * b)
                 of_columns = Rows(columns[p, 0], columns[p, 1])
@@ -209,7 +210,7 @@ class _Ring(torch.autograd.Function):
             if hop < ranks - 1:
                 *moved, columns = pass_on([*blocks.values(), columns])
                 blocks = dict(zip(blocks, moved, strict=True))
-        for p, of in enumerate(pairs.similarities(scale_P, bias_P)):
+        for p, of in enumerate(similarities):
             of_scale[p] = _of_scale(_masked(features[plan.staying[p]], of, rank * b), into_x[p], of)
             of_features[plan.staying[p]] += into_x[p]
         for m, gradient in carried.items():
@@ -242,6 +243,11 @@ class _RingPlan:
     def travelling(self) -> list[int]:
         """The modalities that travel."""
         return sorted(set(self.moving))
+
+    def turned(self, similarities: list[Similarities]) -> list[Similarities]:
+        """Those of what stays with what moves: turned round for pairs whose second modality stays."""
+        both = zip(self.flipped, similarities, strict=True)
+        return [replace(of, matches=of.matches.turned()) if flip else of for flip, of in both]
 
     def in_order(self, p: int, two: list[Any]) -> list[Any]:
         """Staying and moving to first and second, and back."""

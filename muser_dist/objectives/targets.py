@@ -1,7 +1,7 @@
 """Which rows of the global batch count as a match for an anchor, and which take no part."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -125,6 +125,10 @@ class Matches:
             found.append(cls(valid, label, repeated, barred, bool(valid.all()), songs))
         return found
 
+    def turned(self) -> "Matches":
+        """The same with anchors and candidates exchanged."""
+        return self if self.songs is None else replace(self, songs=self.songs.turned())
+
     def positives(self) -> Tensor:
         """(N,) int64: how many positives each row has, itself included; at least 1."""
         counts = torch.bincount(self.label[self.valid], minlength=len(self.label))
@@ -175,6 +179,10 @@ class Songs:
         ids = ids.int().masked_fill(both < 0, -2)
         songs = cls(ids, liked)
         return songs if liked.shape[2] > 1 or bool(torch.isin(ids[:, 0], ids[:, 1]).any()) else None
+
+    def turned(self) -> "Songs":
+        """The same with the second song as anchor and the first as candidate."""
+        return Songs(self.ids.flip(1), self.liked.flip(1))
 
     def together(self, rows: slice, columns: slice) -> Tensor:
         """(n, m) bool: the row's first song is the column's second, or either of the two likes the other."""

@@ -19,6 +19,6 @@ def test_measures_and_writes_json_and_page(tmp_path: Path) -> None:
         assert row["summary"]["rows"] == 20_000
         assert min(row["summary"]["pairs"].values()) > 0
         assert row["peak_gib"] > 0.01
-        assert set(row["stage_seconds"]) == {"read", "mine", "items", "pairs"}
+        assert set(row["phase_seconds"]) == {"read", "mine", "items", "pairs"}
     assert set(results["ratios"]) == {"seconds_over_limit", "memory_over_limit"}
     assert "| cooccurrence |" in out.with_suffix(".md").read_text()

@@ -15,7 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from muser_dist import __version__
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.data.config import DataConfig
 from preflight import BLOCK_BYTES
 
@@ -270,7 +270,7 @@ def test_the_job_runs_on_that_cluster_and_its_command_is_one():
     trainers, decoders = cluster["workerGroupSpecs"]
     python, script, *arguments = shlex.split(job["entrypoint"])
     assert (python, script) == ("python", "jobs/pretrain.py")
-    config = parse_run(arguments, script)
+    (config,) = parse_runs(arguments, script)
     assert config.train.gpu and config.train.workers <= trainers["minReplicas"]
     assert config.train.cpus_per_worker == float(trainers["rayStartParams"]["num-cpus"])
     paths = [config.storage, *config.data.train, *config.data.val]

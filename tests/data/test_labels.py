@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.config import ModelConfig, ObjectiveConfig, RunConfig
 from muser_dist.data import labels as module
 from muser_dist.data.config import DataConfig, read_label_values
@@ -122,8 +122,8 @@ def test_files_of_values(tmp_path):
     path.write_text('{"genre": ["folk", "ska"]}')
     assert read_label_values(str(path)) == {"genre": ("folk", "ska")}
     arguments = ["muser_audio_only", "--data.classes", "genre", "--data.label-values", str(path)]
-    assert parse_run(arguments, "test").data.label_values == {"genre": ("folk", "ska")}
-    assert parse_run(arguments[:3], "test").data.label_values == {}
+    assert parse_runs(arguments, "test")[0].data.label_values == {"genre": ("folk", "ska")}
+    assert parse_runs(arguments[:3], "test")[0].data.label_values == {}
     path.write_text('["folk"]')
     with pytest.raises(ConfigError, match=r"data\.label_values: .*labels\.json"):
         read_label_values(str(path))

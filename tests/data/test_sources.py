@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.config import differences
 from muser_dist.data.config import DataConfig, SourceConfig
 from muser_dist.data.pipeline import known_ids, training_reader
@@ -51,9 +51,9 @@ def test_each_source_has_its_share_its_templates_and_its_accounts(tmp_path):
 def test_sources_come_from_a_file(tmp_path):
     path = tmp_path / "mix.json"
     path.write_text(json.dumps([{"name": "a", "shards": ["x.tar"], "weight": 2}, {"name": "b", "shards": ["y.tar"]}]))
-    config = parse_run(["tiny", "--data.sources", str(path)], "test")
+    (config,) = parse_runs(["tiny", "--data.sources", str(path)], "test")
     assert config.data.training_sources() == (SourceConfig("a", ("x.tar",), 2.0), SourceConfig("b", ("y.tar",)))
-    assert parse_run(["tiny", "--data.train", "x.tar"], "test").data.training_sources()[0].name == "train"
+    assert parse_runs(["tiny", "--data.train", "x.tar"], "test")[0].data.training_sources()[0].name == "train"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_files_of_sources_that_cannot_work(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=rf"data\.sources: .*{message}"):
-        parse_run(["tiny", "--data.sources", str(path)], "test")
+        parse_runs(["tiny", "--data.sources", str(path)], "test")
 
 
 def test_train_and_sources_exclude_each_other():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.config import from_dict, to_dict
 from muser_dist.errors import ConfigError
 from muser_dist.models.heads import Fusion, ProjectionHead
@@ -49,7 +49,7 @@ def test_fusion_by_hand():
 @pytest.mark.parametrize(("arguments", "hidden"), [([], ()), (["12"], (12,)), (["12", "6"], (12, 6))])
 def test_hidden_layers_are_an_option(arguments, hidden):
     given = ["--model.projection-hidden", *arguments] if arguments else []
-    config = parse_run(["tiny", *given, "--model.projection-activation", "relu"], "pretrain")
+    (config,) = parse_runs(["tiny", *given, "--model.projection-activation", "relu"], "pretrain")
     assert config.model.hidden_layers == hidden
     assert from_dict(json.loads(json.dumps(to_dict(config))), "file") == config
 

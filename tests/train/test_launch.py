@@ -216,7 +216,7 @@ def test_the_default_name_tells_configs_apart():
     one, same, other = (parse_runs(["tiny", "--train.lr", lr], "test")[0] for lr in ("0.1", "0.1", "0.2"))
     assert one.name == same.name != other.name
     assert one.name.startswith("tiny-")
-    assert parse_runs(["tiny", "--name", "mine"], "test").name == "mine"
+    assert parse_runs(["tiny", "--name", "mine"], "test")[0].name == "mine"
 
 
 def my_recipe():
@@ -224,7 +224,7 @@ def my_recipe():
 
 
 def test_a_recipe_of_the_users_own():
-    assert parse_runs([f"{__name__}:my_recipe", "--name", "x"], "test").data.sample_rate == 8_000
+    assert parse_runs([f"{__name__}:my_recipe", "--name", "x"], "test")[0].data.sample_rate == 8_000
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from muser_dist.cli import parse_run
+from muser_dist.cli import parse_runs
 from muser_dist.data.text import check_templates
 from tests.data.corpora.layouts import LAYOUTS
 
@@ -46,7 +46,7 @@ def test_what_comes_next_can_be_run(cluster, make_shards, tmp_path: Path, capsys
     assert f"{sum(want.values())} of {sum(want.values())} tracks" in err
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["next:", "python", "jobs/pretrain.py"]
-    config = parse_run(command[3:], "jobs/pretrain.py")
+    (config,) = parse_runs(command[3:], "jobs/pretrain.py")
     assert config.data.train == (f"{tmp_path}/the shards/train-*.tar",)
     check_templates(config.data.templates)
     if name == "table":
