@@ -10,17 +10,16 @@ lies in --work: the same command goes on.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from clamp_table_page import page
 from clamp_table_run import header_copy, pretrain, run
 from muser_table_run import compared
-from record import provenance, say, write
+from record import provenance, write
+from runs import start
 
 from muser_dist.config import EvaluateConfig, PairConfig, RunConfig, Stages
 from muser_dist.recipes import find_recipe
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = range(options.seeds)
     for variants in ((M3, UNTRAINED), VARIANTS):  # the second from the first
         jobs = [(variant, seed) for seed in seeds for variant in variants if variant != UNTRAINED or seed == 0]
-        with ThreadPoolExecutor(options.processes) as pool:
-            list(pool.map(lambda job: _start(options, *job), jobs))
+        start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/clamp_table.py", words, ("torch", "transformers", "scikit-learn", "numpy", "mido"))
@@ -121,19 +119,6 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
 
 def _scores(options: argparse.Namespace, variant: str, seed: int) -> dict:
     return json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
-
-
-def _start(options: argparse.Namespace, variant: str, seed: int) -> None:
-    folder = folder_of(options, variant, seed)
-    if (folder / "scores.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *options.given, "--run", variant, str(seed)]
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
-    say(f"{variant}, seed {seed}: done")
 
 
 if __name__ == "__main__":

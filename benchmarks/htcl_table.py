@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from htcl_table_page import page
 from muser_table_run import compared, run
 from record import provenance, say, write
+from runs import start
 
 from muser_dist.config import EvaluateConfig, RunConfig, Stages
 from muser_dist.data.corpora.listeners import LOG, SIMULATED, TRUTH
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = range(options.seeds)
     for variants in ((STAGE_1,), (STAGE_2, *ABLATIONS)):  # the second from the first
         jobs = [(variant, seed) for variant in variants for seed in seeds]
-        with ThreadPoolExecutor(options.processes) as pool:
-            list(pool.map(lambda job: _start(options, *job), jobs))
+        start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/htcl_table.py", words, ("torch", "transformers", "implicit", "numpy"))
@@ -153,19 +152,6 @@ def _job(name: str, *arguments: str) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
     subprocess.run([sys.executable, str(ROOT / "jobs" / name), *arguments], check=True, env=environment)
-
-
-def _start(options: argparse.Namespace, variant: str, seed: int) -> None:
-    folder = folder_of(options, variant, seed)
-    if (folder / "scores.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *options.given, "--run", variant, str(seed)]
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
-    say(f"{variant}, seed {seed}: done")
 
 
 def _recommend(options: argparse.Namespace, seed: int) -> dict[str, Any]:

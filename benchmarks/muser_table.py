@@ -9,16 +9,15 @@ are the same for all; recipes differ in objective, pairs, targets, picture, augm
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from muser_table_page import page
 from muser_table_run import compared, run
-from record import provenance, say, write
+from record import provenance, write
+from runs import start
 
 from muser_dist.config import EvaluateConfig, RunConfig, TowerConfig
 from muser_dist.recipes import load_recipe
@@ -43,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [(UNTRAINED, 0)]
     for number in range(max(SEEDS.values())):
         jobs += [(recipe, number) for recipe in options.recipes if number < SEEDS[recipe]]
-    with ThreadPoolExecutor(options.processes) as pool:
-        list(pool.map(lambda job: _start(options, *job), jobs))
+    start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/muser_table.py", words, ("torch", "transformers", "timm", "scikit-learn", "numpy"))
@@ -126,19 +124,6 @@ def config_of(options: argparse.Namespace, recipe: str, seed: int) -> RunConfig:
         ),
         evaluate=EvaluateConfig(fields=FIELDS),
     )
-
-
-def _start(options: argparse.Namespace, recipe: str, seed: int) -> None:
-    folder = folder_of(options, recipe, seed)
-    if (folder / "scores.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, *options.given, "--run", recipe, str(seed)]
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log)
-    if done.returncode:
-        raise SystemExit(f"{recipe}, seed {seed}: failed; {folder / 'log.txt'} says why")
-    say(f"{recipe}, seed {seed}: done")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def train(
     engine, objective = PlainEngine(model, config, device), load_objective(config.objective)
     partners = None
     if config.data.pairs:
-        folder = Path(tempfile.mkdtemp())
+        scratch = tempfile.TemporaryDirectory()  # gone with the last of this function
+        folder = Path(scratch.name)
         found = find_partners(config.data.pairs, index, storage, folder, lambda done, of: None)
         print(found, file=sys.stderr, flush=True)
         partners = Partners(folder)
