@@ -113,7 +113,9 @@ def test_the_commands_of_the_page(music, two_nodes):
     with stand_in() as server:
         for block in re.findall(r"```bash\n(.*?)```", page, re.S):
             block = block.replace("http://localhost:8000/v1", server.url)
-            few = "--train.workers 1 --train.samples 32 --train.global-batch 16 --train.chunk 8 --train.warmup-samples 8"
+            few = (
+                "--train.workers 1 --train.samples 32 --train.global-batch 16 --train.chunk 8 --train.warmup-samples 8"
+            )
             block = block.replace("--train.samples 512 --train.warmup-samples 128", few)
             done = subprocess.run(
                 ["bash", "-euc", block],
