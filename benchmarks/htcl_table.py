@@ -142,7 +142,9 @@ def _make_pairs(options: argparse.Namespace) -> None:
         _job("make_listeners.py", "--shards", *shards, "--out", str(options.work), *number)
     if not (pairs / "summary.json").exists():
         start = json.loads(pq.read_schema(log).metadata[SIMULATED])["test_start"]
+        # One listener will do: of pairs that two have, the log holds some for every fourth clip alone.
         rule = ["--mining.rule", "explicit", "--mining.triggers", "play", "--mining.signals", "like"]
+        rule += ["--mining.min-support", "1"]
         split = ["--split.val-from", str(start)]
         _job("mine_pairs.py", str(log), "--layout", "events", "--out", str(pairs), *rule, *split)
 
