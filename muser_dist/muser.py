@@ -44,7 +44,7 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> N
     Where data, weights and the run lay is left out of the config: addresses may say more than they should.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = replace(config.data, train=(), val=(), sources=(), storage_options="", cache_folder="")
+    data = replace(config.data, train=(), val=(), sources=(), pairs="", storage_options="", cache_folder="")
     tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / _TOKENIZER)

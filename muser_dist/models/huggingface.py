@@ -72,7 +72,7 @@ def self_contained(config: RunConfig) -> RunConfig:
         return replace(tower, options=options, weights="")
 
     towers: dict[str, Any] = {name: rewritten(name, tower) for name, tower in config.model.towers().items()}
-    return replace(config, model=replace(config.model, **towers))
+    return replace(config, model=replace(config.model, **towers, start=""))
 
 
 def _network(config: PretrainedConfig, modality: str) -> Any:

@@ -22,6 +22,7 @@ from muser_dist.models.model import MultimodalModel
 from muser_dist.models.weights import load_weights, report_weights
 from muser_dist.muser import save_model
 from muser_dist.recipes import find_recipe, load_recipe
+from muser_dist.recipes.finetune import finetune
 from tests.small import small_config
 
 
@@ -139,3 +140,17 @@ def test_a_start_is_an_absolute_path_for_workers(tmp_path, monkeypatch):
     model = replace(small_config().model, start="runs/x")
     assert model.with_absolute_weights().start == str(tmp_path / "runs/x")
     assert ModelConfig(audio=model.audio).with_absolute_weights().start == ""
+
+
+def test_an_exported_model_names_no_place_and_can_be_fine_tuned(tmp_path):
+    """Neither where it started nor the pairs it learned of, without which no other objective would take its config."""
+    pairs = (PairConfig("audio", "text"), PairConfig("audio", "partner"))
+    before = small_config(model=replace(small_config().model, spectrogram=None), objective=ObjectiveConfig(pairs=pairs))
+    config = replace(
+        before,
+        model=replace(before.model, start=str(tmp_path / "first")),
+        data=replace(before.data, pairs=str(tmp_path / "pairs.parquet")),
+    )
+    save_model(tmp_path / "model", MultimodalModel(config).state_dict(), config)
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    assert finetune(str(tmp_path / "model")).objective.name == "supervised"
