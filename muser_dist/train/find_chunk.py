@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from muser_dist.config import RunConfig, TrainConfig
+from muser_dist.config import RunConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.labels import Labels, with_stand_ins
 from muser_dist.data.spectrogram import in_tasks
@@ -70,14 +70,18 @@ def find_chunk(config: RunConfig, device: torch.device, memory: int | None = Non
     if failure or fits is None or (child.exitcode or 0) > 0:
         raise MuserError(f"train.find_chunk: a training step fails, and not for want of memory: {failure}")
     if fits == _STARTED:
-        raise ConfigError(out_of_memory_message(replace(config, train=replace(config.train, chunk=1))))
+        least = chunk_sizes(config)[0]
+        raise ConfigError(out_of_memory_message(replace(config, train=replace(config.train, chunk=least))))
     return fits
 
 
-def chunk_sizes(train: TrainConfig) -> list[int]:
-    """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each."""
+def chunk_sizes(config: RunConfig) -> list[int]:
+    """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each. They are even
+    where rows come in pairs of songs, which share a chunk."""
+    train, least = config.train, 2 if any(pair.of_songs for pair in config.objective.pairs) else 1
     rows, rest = divmod(train.global_batch, train.worker_range[0])
-    return [size for size in range(1, rows + 1) if (rows if rest == 0 else train.global_batch) % size == 0] or [1]
+    whole = rows if rest == 0 else train.global_batch
+    return [size for size in range(least, rows + 1, least) if whole % size == 0] or [least]
 
 
 def out_of_memory_message(config: RunConfig) -> str:
@@ -88,7 +92,7 @@ def out_of_memory_message(config: RunConfig) -> str:
         mends.append(
             f"--train.cache-gradients (it holds those of {train.chunks_per_worker(least)} chunks now, then of one)"
         )
-    elif smaller := [size for size in chunk_sizes(train) if size < train.chunk]:
+    elif smaller := [size for size in chunk_sizes(config) if size < train.chunk]:
         mends.append(
             f"a smaller --train.chunk, such as {max(smaller)} (--train.find-chunk looks for the largest that fits; "
             f"train.global_batch stays {train.global_batch}, with all its negatives)"
@@ -138,7 +142,7 @@ def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory
         results.send(_STARTED)
         engine = _Trial(MultimodalModel(config), config, device)
         objective = load_objective(config.objective)
-        for size in chunk_sizes(train):
+        for size in chunk_sizes(config):
             chunks = -(-train.global_batch // (size * workers))
             if train.cache_gradients:
                 chunks = min(chunks, 2)  # each further one needs what the second does

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from muser_dist.config import RunConfig, TowerConfig, TrainConfig
+from muser_dist.config import ObjectiveConfig, PairConfig, RunConfig, TowerConfig
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.train.find_chunk import chunk_sizes, find_chunk, is_out_of_memory, out_of_memory_message
 from tests.small import small_config
@@ -75,10 +75,10 @@ def test_a_step_that_fails_for_another_reason_says_so():
     ],
 )
 def test_sizes_divide_the_global_batch_and_leave_no_worker_out(batch, workers, sizes):
-    train = TrainConfig(workers=workers, global_batch=batch, chunk=1)
-    assert chunk_sizes(train) == sizes
+    config = small_config(train={"workers": workers, "global_batch": batch, "chunk": 1, "samples": batch})
+    assert chunk_sizes(config) == sizes
     for size in sizes:
-        assert replace(train, chunk=size).chunks_per_step * size == batch
+        assert replace(config.train, chunk=size).chunks_per_step * size == batch
 
 
 def test_the_message_names_what_would_help():
@@ -101,3 +101,11 @@ def test_errors_for_want_of_memory_are_told_from_others():
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_songs_of_a_pair_share_a_chunk():
+    objective = ObjectiveConfig(pairs=(PairConfig("audio", "text"), PairConfig("audio", "partner")))
+    model = replace(small_config().model, spectrogram=None)
+    config = small_config(train={"workers": 2, "global_batch": 24, "chunk": 4}, objective=objective, model=model)
+    assert chunk_sizes(config) == [2, 4, 6, 12]
+    assert "such as 2 " in out_of_memory_message(replace(config, train=replace(config.train, cache_gradients=True)))
