@@ -76,8 +76,8 @@ def find_chunk(config: RunConfig, device: torch.device, memory: int | None = Non
 
 
 def chunk_sizes(config: RunConfig) -> list[int]:
-    """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each. They are even
-    where rows come in pairs of songs, which share a chunk."""
+    """Sizes that divide global_batch and give each worker a chunk; where they can, as many chunks to each. Even
+    ones where rows come in pairs of songs, which share a chunk."""
     train, least = config.train, 2 if any(pair.of_songs for pair in config.objective.pairs) else 1
     rows, rest = divmod(train.global_batch, train.worker_range[0])
     whole = rows if rest == 0 else train.global_batch
