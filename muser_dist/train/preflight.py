@@ -53,7 +53,7 @@ def check_settings(config: RunConfig) -> int:
     if not config.data.pairs and any(pair.of_songs for pair in config.objective.pairs):
         raise ConfigError(
             "objective.pairs names partner or fused, of songs that listeners like together; give --data.pairs "
-            "PAIRS.parquet, which jobs/mine_pairs.py makes of a log (in a recipe with stages: --STAGE.data.pairs, such as "
+            "PAIRS.parquet, which jobs/mine_pairs.py makes of a log (with stages: --STAGE.data.pairs, such as "
             "--preference.data.pairs of htcl)"
         )
     config = replace(config, data=with_stand_ins(config.data))  # their values are found when the data is looked at
