@@ -27,7 +27,9 @@ class Telling(ChunkReader):
 
 
 def main(pattern: str, result: str) -> None:
-    fast = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 2}
+    # A raylet that is gone refuses the check at once. One that lives may be slow to answer on a busy machine: were it
+    # taken for dead as well, nothing might be left to decode.
+    fast = {"health_check_period_ms": 500, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 2}
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "_system_config": fast | {"health_check_initial_delay_ms": 0}},
