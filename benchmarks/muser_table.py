@@ -30,6 +30,9 @@ TEMPLATES = (
 )
 SEEDS = {"muser": 3, "muser_audio_text": 3, "muser_audio_only": 3, "muser_paper": 1, "muser_code": 1, "clmr": 1}
 UNTRAINED = "untrained"
+# Of the small towers it learns most from as much computing (benchmarks/LOG.md).
+AUDIO = TowerConfig("htcl_audio", {"width": 128, "depth": 2, "heads": 4, "channels": 128, "mels": 64, "hop": 320})
+DIMS = [16, 32, 64, 128]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,11 +85,9 @@ def config_of(options: argparse.Namespace, recipe: str, seed: int) -> RunConfig:
     config, towers = base, base.model.towers()
     if towers.keys() & {"spectrogram"}:
         kind = base.model.spectrogram.options.get("kind", "log_mel") if base.model.spectrogram else "log_mel"
-        towers["spectrogram"] = TowerConfig(
-            "spectrogram", {"kind": kind, "depths": [2, 2, 4, 2], "dims": [32, 64, 128, 256]}
-        )
+        towers["spectrogram"] = TowerConfig("spectrogram", {"kind": kind, "depths": [2, 2, 4, 2], "dims": DIMS})
     if "audio" in towers:
-        towers["audio"] = TowerConfig("waveform", {"width": 128, "depth": 2, "heads": 4})
+        towers["audio"] = AUDIO
     if "text" in towers:
         towers["text"] = TowerConfig("text", {"width": 128, "depth": 2, "heads": 4})
     data = replace(
@@ -95,9 +96,13 @@ def config_of(options: argparse.Namespace, recipe: str, seed: int) -> RunConfig:
         val=(f"{options.data}/pdtunes-val-*.tar",),
         crop_seconds=min(8.0, base.data.crop_seconds),
         templates=TEMPLATES,
+        # A sentence without the instrument, which is the easy one, is told from others by rhythm and key alone.
+        field_dropout=0.5,
         tokenizer="words",
         vocabulary=16_384,
-        max_tokens=48,
+        max_tokens=32,
+        keep_clips=True,
+        cache_folder=str(options.work / "clips"),
     )
     if data.classes:
         data = replace(data, classes=FIELDS)
