@@ -77,8 +77,9 @@ def job(arguments: list[str]) -> None:
     model = options.model.absolute()  # actors run in other working directories
     muser = Muser.from_pretrained(model)
     require(
-        "symbolic" not in options.modalities,
-        "--modalities: this job embeds clips and texts; notation is embedded by Muser.encode_symbolic",
+        not {"symbolic", "features"} & {*options.modalities},
+        "--modalities: this job embeds clips and texts; notation and features of windows are embedded by "
+        "Muser.encode_symbolic and encode_features",
     )
     missing = [name for name in options.modalities if name not in muser.modalities]
     require(
