@@ -5,8 +5,8 @@ the same order. What is wanted of a member:
 
     "probe"                         what its headers say
     "crop", position, seed          a crop of a clip
-    "windows", hop                  all windows of a clip, `TOGETHER` at a time; it comes alone. Without hop (null) those
-                                    that follow each other
+    "windows", hop                  all windows of a clip, `TOGETHER` at a time; it comes alone. Those
+                                    that follow each other where hop is null
     "patches", extension, seed      notation
 
 Answers lie in the shared memory, in order; a byte says that all are there. They are text and numbers, never pickles:

@@ -19,7 +19,6 @@ EXTENSION = "npy"
 """Of the member."""
 
 _HEADER_BYTES = 4096  # NumPy's own has 128; what evaluates it must not be given a novel
-_MALFORMED = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError)
 
 Features = str | Path | bytes | np.ndarray
 """A song's: the path of a file in NumPy's format, its bytes, or (windows, size) itself."""
@@ -52,7 +51,7 @@ def read_layout(head: bytes, total: int, config: FeaturesConfig) -> Layout:
             raise ValueError(f"version {version[0]}.{version[1]} of the format")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file, max_header_size=_HEADER_BYTES)
-    except _MALFORMED as error:
+    except Exception as error:  # of what evaluates a header as Python: of tokens, syntax, recursion, values
         raise DataError(
             f"no features in NumPy's format ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from None

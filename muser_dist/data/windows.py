@@ -87,7 +87,7 @@ def cut_consecutive(blocks: Iterable[tuple[np.ndarray, int]], config: DataConfig
         waveform (samples,) int16 and the number of samples before the padding.
 
     Raises:
-        DataError: the clip is empty, all of it is silent, or a sample is not finite; windows may have been given before.
+        DataError: as `cut_windows`; windows may have been given before.
     """
     silence, heard, held = None, False, np.zeros(0, np.float32)
     windows, wanted, rate = 0, 1, 1
