@@ -1,5 +1,7 @@
-"""CLaMP 3's recipe: published sizes, what each stage trains, and that what it does not train comes through to the bit."""
+"""CLaMP 3's recipe: published sizes, what each stage trains, and that all else comes through to the bit."""
 
+import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import HubertConfig, HubertModel
 
 from muser_dist import Muser
 from muser_dist.cli import parse_runs
 from muser_dist.config import EvaluateConfig, ModelConfig, RunConfig, Stage, Stages
 from muser_dist.data.config import FeaturesConfig
 from muser_dist.data.text import TextPolicy, check_templates
+from muser_dist.embed.features import Source, write_features
 from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.models.model import MultimodalModel, build_tower
 from muser_dist.models.weights import load_weights
@@ -25,6 +29,7 @@ from muser_dist.train.preflight import check_settings
 from muser_dist.train.step import to_device, train_step
 from tests.recipes.test_clamp import offline
 from tests.scores import M3
+from tests.shardmaker import encode, tone, write_shard
 from tests.small import LOCAL, index_of, reader_of, small_config
 from tests.songs import FEATURES, MOST, SIZE, song, write_songs
 
@@ -95,15 +100,8 @@ def test_small_ones_can_be_tried():
 
 
 def test_stages_take_their_options_and_start_from_each_other(tmp_path):
-    arguments = [
-        "clamp3_tiny",
-        "--storage",
-        str(tmp_path),
-        "--audio.data.train",
-        "songs.tar",
-        "--data.features.size",
-        "9",
-    ]
+    of_one, of_all = ["--audio.data.train", "songs.tar"], ["--data.features.size", "9"]
+    arguments = ["clamp3_tiny", "--storage", str(tmp_path), *of_one, *of_all]
     runs = parse_runs(arguments, "jobs/pretrain.py")
     assert [config.name for config in runs] == list(NAMES)
     assert runs[1].model.symbolic.weights == str(runs[0].folder)
@@ -124,7 +122,7 @@ def test_mert_is_heard_in_windows_of_five_seconds():
 # --- All stages, with the plain engine ---
 
 
-def small_stages(folder: Path, pattern: str) -> tuple[RunConfig, ...]:
+def small_stages(folder: Path, pattern: str, name: str = "", val: tuple[str, ...] = ()) -> tuple[RunConfig, ...]:
     """The recipe with towers of a few thousand parameters, chained."""
     small = small_config()
     towers = {"symbolic": M3, "features": FEATURES, "text": small.model.text}
@@ -136,7 +134,7 @@ def small_stages(folder: Path, pattern: str) -> tuple[RunConfig, ...]:
         }
         if stage.name == "m3":
             model["symbolic"] = replace(model["symbolic"], options=M3.options | {"decoder_depth": 1})
-        data = replace(small.data, train=(pattern,), features=FeaturesConfig(SIZE, MOST))
+        data = replace(small.data, train=(pattern,), val=val, features=FeaturesConfig(SIZE, MOST))
         data = replace(data, symbolic=replace(data.symbolic, max_patches=24))
         config = replace(
             stage.config,
@@ -145,6 +143,7 @@ def small_stages(folder: Path, pattern: str) -> tuple[RunConfig, ...]:
             train=small.train,
             evaluate=EvaluateConfig(fields=("instrument",)),
             storage=str(folder),
+            name=name,
         )
         made.append(Stage(stage.name, config, stage.takes))
     return Stages(tuple(made)).chained("clamp3")
@@ -170,22 +169,11 @@ def test_what_a_stage_does_not_train_comes_through_to_the_bit(tmp_path):
     for config in runs:
         trained(config, pattern)
         left.append(load_file(config.folder / "model" / "model.safetensors"))
-    changes = {"audio": {"features"}, "joint": {"features", "text"}, "repair": {"symbolic"}}
+    changes = {"audio": set(), "joint": {"features", "text"}, "repair": {"symbolic"}}  # the first one's tower is new
     for config, before, after in zip(runs[2:], left[1:], left[2:], strict=False):
-        changed = {
-            name.split(".")[1]
-            for name in before
-            if name.startswith(("towers.", "heads.")) and not torch.equal(before[name], after[name])
-        }
-        # Of the stage "audio" the features' tower is new.
-        assert changed == changes[config.name] - ({"features"} if config.name == "audio" else set()), config.name
-        for modality in changes[config.name] & {name.split(".")[1] for name in before}:
-            parts = {
-                name.split(".")[0]
-                for name in before
-                if f".{modality}." in name and not torch.equal(before[name], after[name])
-            }
-            assert parts == {"towers", "heads"}, (config.name, modality)
+        changed = {tuple(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
+        parts = {part for part in changed if part[0] != "logits"}
+        assert parts == {(of, name) for of in ("towers", "heads") for name in changes[config.name]}, config.name
     drawn = MultimodalModel(runs[2]).state_dict()
     assert not torch.equal(left[2]["heads.features.0.weight"], drawn["heads.features.0.weight"])
 
@@ -209,3 +197,29 @@ def test_a_stage_reads_only_what_it_needs(tmp_path):
         assert chunk["problems"] == [] and chunk["text_length"].all()
         (chunk, *_) = reader_of(runs[name], lacking).read([0])
         assert len(chunk["problems"]) == len(chunk["key"])
+
+
+def test_a_saved_mert_gives_features(tmp_path):
+    """As the page makes it, of a small network in Hugging Face's folder."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"conv_dim": (8, 8), "conv_kernel": (10, 4), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
+    sizes |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    theirs = HubertModel(HubertConfig(**sizes))
+    theirs.save_pretrained(tmp_path / "hub")
+    config = mert(str(tmp_path / "hub"))
+    tower = replace(config.model.audio, options={"model": {"model_type": "hubert"} | sizes, "layers": "mean"})
+    config = replace(config, model=replace(config.model, audio=tower))
+    model = MultimodalModel(config)
+    (match,) = load_weights(model, config)
+    assert not match.missing and not match.other_shape
+    save_model(tmp_path / "model", model.state_dict(), config)
+    muser = Muser.from_pretrained(tmp_path / "model")
+    write_shard(tmp_path / "a-0.tar", [("song", {"flac": encode(tone(1, 12.0, 24_000), 24_000)})])
+    index = index_of(f"{tmp_path}/a-0.tar")
+    source = Source.of(muser, "audio", index)
+    assert (source.size, source.seconds) == (16, 5.0)
+    (tmp_path / "out").mkdir()
+    record = write_features(lambda: muser, source, LOCAL, index.url(0), 1, tmp_path / "out")
+    assert record.made == 1 and record.problems == []
+    with tarfile.open(tmp_path / "out" / "a-0.tar") as tar:
+        assert np.load(io.BytesIO(tar.extractfile("song.npy").read())).shape == (2, 16)  # 2 s are less than half
