@@ -133,7 +133,9 @@ def test_the_mean_over_layers_is_of_all_of_them(kind):
     encoder, tower = model.towers["audio"].encoder, model.towers["audio"]
     states = []
     for layer in (encoder.encoder.layers[0], encoder.encoder.layers[-1]):
-        layer.register_forward_hook(lambda _layer, given, made: states.append((given[0], made[0])))
+        layer.register_forward_hook(
+            lambda _layer, given, made: states.append((given[0], made if isinstance(made, torch.Tensor) else made[0]))
+        )
     got = tower(batch)
     (first, middle), (_, last) = states
     mean = torch.stack([first, middle, last]).mean(dim=0)  # the input and the output of each of two layers
