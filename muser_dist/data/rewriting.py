@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,33 +101,55 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def on_ray(count: int, work: Callable[[int], Iterator[str]], gpus: float = 0.0) -> Iterator[str]:
+def on_ray(count: int, work: Callable[[int], Iterator[str]], gpu_share: float = 0.0) -> Iterator[str]:
     """Yields what `work` yields for the numbers from 0 to count - 1, in any order.
 
-    Each number is a task with a CPU and so many GPUs.
+    Args:
+        count: of numbers, each a task with a CPU.
+        work: what a task does.
+        gpu_share: of a GPU that a task has besides.
 
     Raises:
-        ClusterError: the cluster has no CPU, or its nodes die.
+        ClusterError: the cluster has no CPU, or no GPU where one is needed, or its nodes die.
         MuserError: as `work`.
     """
     import pyarrow as pa  # takes seconds, as does Ray
     import ray
+    import ray.data
     import ray.exceptions
 
     from muser_dist.data.executor import TaskNumbers, set_context
     from muser_dist.data.session import error_of_user
 
-    slots = int(ray.cluster_resources().get("CPU", 0))
-    if slots < 1:
+    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+    slots = int(min(cpus, gpus / gpu_share) if gpu_share else cpus)
+    if cpus < 1:
         raise ClusterError("the cluster has no CPU that could read shards; start nodes with --num-cpus")
+    if slots < 1:
+        raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
 
     def task(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         return (pa.table({"made": [text]}) for number in batch["id"].tolist() for text in work(number))
 
+    class Task:
+        """An actor, because a process keeps to the GPU that it was given first."""
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+            return task(batch)
+
     set_context(slots)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    share: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
-    dataset = TaskNumbers(count, slots).dataset().map_batches(task, batch_size=None, num_cpus=1, **share)
+    dataset = TaskNumbers(count, slots).dataset()
+    if gpu_share:
+        # Not restarted: where no other GPU is free, what an actor had in hand would wait for one without end.
+        once: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=min(slots, count), max_size=slots, max_tasks_in_flight_per_actor=1
+        )
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
+            dataset = dataset.map_batches(Task, batch_size=1, num_cpus=1, num_gpus=gpu_share, compute=pool, **once)
+    else:
+        dataset = dataset.map_batches(task, batch_size=None, num_cpus=1)
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
             yield from block["made"].tolist()

@@ -25,7 +25,7 @@ from muser_dist.data.rows import Row
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, walk
-from muser_dist.errors import ClusterError, ConfigError, DataError
+from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
@@ -238,9 +238,7 @@ def make_features(
         ClusterError: no cluster answers, its nodes die, or it has no GPU.
         ConfigError, DataError: as `claim` and `write_features`.
     """
-    import ray  # takes seconds
-
-    from muser_dist.data.session import connected
+    from muser_dist.data.session import connected  # importing Ray takes seconds
     from muser_dist.embed.job import load_model
 
     source = Source.of(muser, modality, index)
@@ -263,8 +261,6 @@ def make_features(
 
     records: dict[int, Record] = {}
     with alone_in(folder), connected():
-        if gpu and ray.cluster_resources().get("GPU", 0) < GPU_SHARE:
-            raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
         progress(0, total)
         for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):
             shard, record = json.loads(made)

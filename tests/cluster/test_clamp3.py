@@ -80,6 +80,17 @@ def test_all_stages_train_and_a_broken_off_one_goes_on(cluster, tmp_path):
     assert (muser.encode_symbolic([abc(1)]) @ muser.encode_features([song(1), song(2)]).T).shape == (1, 2)
 
 
+ON_GPUS = """
+import sys, ray
+from muser_dist.embed import job
+ray.init("local", num_cpus=3, num_gpus=1, log_to_driver=False)  # no machine of the tests has a GPU
+load = job.load_model
+job.load_model = lambda model, sha256, device: load(model, sha256, "cpu")
+from jobs.embed import job as run
+run(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_shards_with_features_are_made_on_ray_and_only_what_is_missing_again(tmp_path):
     config = small_config()
@@ -89,25 +100,29 @@ def test_shards_with_features_are_made_on_ray_and_only_what_is_missing_again(tmp
         rows[2][1]["flac"] = b"no music"
         write_shard(tmp_path / f"music-{number}.tar", rows)
     out = tmp_path / "out"
-    arguments = ["jobs/embed.py", str(tmp_path / "model"), "--features", "--shards", f"{tmp_path}/music-*.tar"]
+    arguments = [str(tmp_path / "model"), "--features", "--shards", f"{tmp_path}/music-*.tar"]
     for missing in ((), ("music-1.tar",)):
         for name in missing:
             (out / name).unlink()
         stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-        done = subprocess.run(
-            [sys.executable, *arguments, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        done = run("jobs/embed.py", *arguments, "--out", str(out))
         assert done.returncode == 0, done.stderr[-5000:]
         assert "24 rows: 21 with features; 3 entries in" in done.stdout
         assert all((out / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
     assert json.loads((out / SIDECAR).read_text())["rows"] == {f"music-{number}.tar": 8 for number in range(3)}
     told = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert [problem["key"] for problem in told] == ["piece002", "piece010", "piece018"]
-    again = subprocess.run(
-        [sys.executable, *arguments, "--out", str(out), "--modalities", "spectrogram"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = run("jobs/embed.py", *arguments, "--out", str(out), "--modalities", "spectrogram")
     assert again.returncode == 2 and "modality: 'audio' there, 'spectrogram' here" in again.stderr
+
+    apart = tmp_path / "apart"
+    done = run("-c", ON_GPUS, *arguments, "--gpu", "--out", str(apart))
+    assert done.returncode == 0, done.stderr[-5000:]
+    for path in sorted(out.glob("*.tar")):
+        assert (apart / path.name).read_bytes() == path.read_bytes()
+    none = run("jobs/embed.py", *arguments, "--gpu", "--out", str(tmp_path / "none"))
+    assert none.returncode == 2 and "--gpu: the cluster has no GPU" in none.stderr
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
