@@ -43,14 +43,16 @@ class Source:
         model: SHA-256 of its model.safetensors.
         modality: the tower that hears.
         size: values of a window.
-        seconds: of a window.
+        sample_rate, seconds, pad: of a window.
         shards: SHA-256 over the shards' names and their numbers of rows.
     """
 
     model: str
     modality: Modality
     size: int
+    sample_rate: int
     seconds: float
+    pad: str
     shards: str
 
     @staticmethod
@@ -59,7 +61,8 @@ class Source:
         names = [[redact(url), rows] for url, rows in zip(index.urls, index.rows.tolist(), strict=True)]
         width: int = muser.model.towers[modality].width  # type: ignore[assignment]
         shards = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        return Source(muser.sha256, modality, width, muser.config.data.crop_seconds, shards)
+        data = muser.config.data
+        return Source(muser.sha256, modality, width, data.sample_rate, data.crop_seconds, data.pad, shards)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from muser_dist.evaluate.validation import flat_scores, score_names
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.recipes.finetune import finetune
+from muser_dist.train.dry_run import dry_run
 from muser_dist.train.find_chunk import _chunk
 from muser_dist.train.preflight import check_settings
 from muser_dist.train.step import to_device
@@ -67,6 +68,15 @@ def test_a_step_of_the_largest_chunk_can_be_tried():
         "text_ids",
         "text_length",
     }
+
+
+def test_a_dry_run_reads_a_chunk_and_counts_its_bytes(tmp_path):
+    config = features_config(train={"workers": 2})
+    data = replace(config.data, train=(write_songs(tmp_path, 8),), buffer_mib=1)
+    text = dry_run(replace(config, data=data))
+    assert "Decoding: " in text and "8 rows" in text
+    lacking = replace(data, train=(write_songs(tmp_path, 8, "flac", name="other"),))
+    assert "Decoding: " in dry_run(replace(config, data=lacking))  # rows without are told when it runs
 
 
 def test_each_direction_is_scored_and_named_beforehand(tmp_path, muser):
