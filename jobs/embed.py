@@ -3,6 +3,9 @@
 Writes Parquet, a part for every few hundred rows, and quarantine.jsonl with what could not be embedded and why. The
 same command again makes only the parts that are missing. It runs on this machine's cores, or on the Ray cluster that
 RAY_ADDRESS names, every node of which must see the model and the files.
+
+With --features it writes the shards anew in --out, with the tower's output for each window of a clip beside the other
+members: what the modality `features` reads.
 """
 
 import os
@@ -19,12 +22,12 @@ from muser_dist.errors import require
 
 @dataclass(frozen=True)
 class Embed:
-    """Embeds all rows of shards, or all files of a folder, to Parquet."""
+    """Embeds all rows of shards, or all files of a folder, to Parquet; or writes shards with features."""
 
     model: tyro.conf.Positional[Path]
     """A run's folder, or an exported model's."""
     out: Path
-    """Folder for the embeddings; made when missing."""
+    """Folder for the embeddings, or for the shards with features; made when missing."""
     shards: tuple[str, ...] = ()
     """Shards: paths or URLs, with braces and globs."""
     folder: Path | None = None
@@ -35,6 +38,10 @@ class Embed:
     """Whole songs, or of those longer than the crop its middle alone, as evaluation hears them."""
     hop_seconds: float | None = None
     """From a window's begin to the next one's; the crop's length by default."""
+    features: bool = False
+    """In place of embeddings: shards with KEY.npy besides, (windows, width) float16, a tower's output before its head
+    for windows of the model's data.crop_seconds that follow each other. A shorter last one is padded; one of less than
+    half the length is left out, unless it is the only one."""
     fields: tuple[str, ...] = ()
     """Metadata fields that become columns."""
     part_rows: int = 512
@@ -58,6 +65,16 @@ def job(arguments: list[str]) -> None:
         "--folder: files have no metadata and no text; make shards of them (jobs/make_shards.py table), or leave "
         "--fields and text out",
     )
+    require(
+        not options.features
+        or (options.shards and len(options.modalities) == 1 and options.modalities[0] in ("audio", "spectrogram")),
+        "--features are of shards, and of one tower that hears: give --shards, and --modalities audio or spectrogram",
+    )
+    require(
+        not options.features or (options.windows == "all" and options.hop_seconds is None and not options.fields),
+        "--features are of all windows that follow each other, and fields are copied; leave --windows, --hop-seconds "
+        "and --fields out",
+    )
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         for name, path in (("MODEL", options.model), ("--out", options.out), ("--folder", options.folder)):
             require(
@@ -69,6 +86,7 @@ def job(arguments: list[str]) -> None:
     from muser_dist.data.rows import FileReader, RowReader, index_files
     from muser_dist.data.shards import index_shards
     from muser_dist.data.storage import Storage
+    from muser_dist.embed.features import make_features
     from muser_dist.embed.job import embed
     from muser_dist.embed.parts import Manifest, Parts
     from muser_dist.embed.songs import SongReader, Wanted
@@ -77,8 +95,9 @@ def job(arguments: list[str]) -> None:
     model = options.model.absolute()  # actors run in other working directories
     muser = Muser.from_pretrained(model)
     require(
-        "symbolic" not in options.modalities,
-        "--modalities: this job embeds clips and texts; notation is embedded by Muser.encode_symbolic",
+        not {"symbolic", "features"} & {*options.modalities},
+        "--modalities: this job embeds clips and texts; notation and features of windows are embedded by "
+        "Muser.encode_symbolic and encode_features",
     )
     missing = [name for name in options.modalities if name not in muser.modalities]
     require(
@@ -86,12 +105,33 @@ def job(arguments: list[str]) -> None:
     )
     data = replace(muser.config.data, storage_options=options.storage_options, cache_folder=options.cache_folder)
     data = replace(data, keep_clips=False)  # each is heard once, and as Muser.encode_audio hears it
+    made_by = provenance(["python", "jobs/embed.py", *arguments])
+    progress = Progress("rows", every=2.0)
+    storage = Storage.of(data)
+    if options.features:
+        index = index_shards(storage, storage.expand(options.shards, "shards"), "shards")
+        made, problems = make_features(
+            model,
+            muser,
+            options.modalities[0],
+            index,
+            storage,
+            options.out.absolute(),
+            options.gpu,
+            made_by,
+            progress,
+        )
+        print(f"{index.total:,} rows: {made:,} with features; {problems:,} entries in {options.out}/quarantine.jsonl")
+        width = muser.model.towers[options.modalities[0]].width
+        print(
+            f"next: python jobs/pretrain.py clamp3_tiny --data.features.size {width} --data.train '{options.out}/*.tar'"
+        )
+        return
     rows: FileReader | RowReader
     if options.folder:
         root = str(options.folder.absolute())
         rows = FileReader(index_files(root), root)
     else:
-        storage = Storage.of(data)
         rows = RowReader(index_shards(storage, storage.expand(options.shards, "shards"), "shards"), storage)
     wanted = Wanted(
         tuple(dict.fromkeys(options.modalities)),
@@ -99,10 +139,9 @@ def job(arguments: list[str]) -> None:
         options.hop_seconds or data.crop_seconds,
         options.fields,
     )
-    made_by = provenance(["python", "jobs/embed.py", *arguments])
     parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, options.part_rows), made_by)
     parts.claim()
-    embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, Progress("rows", every=2.0))
+    embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, progress)
     embedded, problems = parts.finish()
     print(f"{parts.manifest.rows:,} rows: {embedded:,} embedded; {problems:,} entries in {parts.quarantine}")
     print(f"next: python jobs/search.py {options.out} {options.model} 'a slow waltz'")

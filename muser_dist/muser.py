@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from muser_dist.config import Feature, Modality, RunConfig, from_dict, to_dict
+from muser_dist.data.features import Features
+from muser_dist.data.runs import first_runs, read_runs
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.data.windows import Clip, Windows, hear
 from muser_dist.errors import CheckpointError, ConfigError, require
@@ -63,6 +65,7 @@ _INPUTS: dict[str, tuple[str, str]] = {
     "spectrogram": ("audio", "audio_length"),
     "symbolic": ("patches", "patches_length"),
     "notation": ("notation_patches", "notation_length"),
+    "features": ("features", "features_length"),
     "text": ("text_ids", "text_length"),
 }
 """The arrays of a chunk that what is embedded is in; spectrograms are made where the model is."""
@@ -159,11 +162,11 @@ class Muser:
         return dict(self.config.data.label_values)
 
     def classify(self, clips: Sequence[Any], sample_rate: int | None = None) -> dict[str, np.ndarray]:
-        """What the model's heads say of clips, or of sentences or pieces where it reads texts or notation.
+        """What the model's heads say of clips, or of sentences, pieces or features where it reads these.
 
         Args:
             clips, sample_rate: as of `encode_audio`; of longer clips the middle crop is heard. Or as of `encode_text`;
-                or of `encode_symbolic`, and of longer pieces the head is read.
+                or of `encode_symbolic` or `encode_features`, and of longer ones the head is read.
 
         Returns:
             probabilities by metadata field: (len(clips), values) float32, in the order of `label_values`. Those of a
@@ -181,8 +184,10 @@ class Muser:
         for part in _batches(clips, self.window_batch):
             if name == "text":
                 arrays = self._read(part)
+            elif name in ("symbolic", "features"):
+                arrays = dict(zip(_INPUTS[name], first_runs(name, part, self.config.data), strict=True))
             else:
-                arrays = self._heads(part) if name == "symbolic" else self._middles(part, sample_rate)
+                arrays = self._middles(part, sample_rate)
             features.append(self._forward(name, arrays)[1])
         return self.classify_features(np.concatenate(features))
 
@@ -266,15 +271,23 @@ class Muser:
         Raises:
             DataError: a piece is broken, has no notes or is too large; the message says which.
         """
-        if isinstance(pieces, (str, Path, bytes)):
-            raise TypeError("encode_symbolic takes a list of pieces; wrap the one you have in [ ]")
-        sums = np.zeros((len(pieces), self.dim))
-        windows = ((number, *window) for number, piece in enumerate(pieces) for window in self._read_piece(piece))
-        for part in _batches(windows, self.window_batch):
-            numbers, patches, lengths, new = zip(*part, strict=True)
-            arrays = {"patches": np.stack(patches), "patches_length": np.array(lengths, np.int32)}
-            np.add.at(sums, list(numbers), np.array(new)[:, None] * self._forward("symbolic", arrays)[0])
-        return unit_rows(sums, "the pieces' embeddings").astype(np.float32)
+        return self._encode_in_runs("symbolic", pieces)
+
+    def encode_features(self, songs: Sequence[Features]) -> np.ndarray:
+        """Embeds songs by features of their windows, of the network whose features the model was trained on.
+
+        A tower reads `config.data.features.max_windows` at a time; longer songs as `encode_symbolic` does pieces.
+
+        Args:
+            songs: (windows, size) float16 or float32; or paths or bytes of such arrays in NumPy's format (.npy).
+
+        Returns:
+            (len(songs), dim) float32 of unit length.
+
+        Raises:
+            DataError: features are of another shape or type, or not finite; the message says which.
+        """
+        return self._encode_in_runs("features", songs)
 
     def encode_chunks(self, modality: Feature, chunks: Iterable[dict[str, Any]]) -> np.ndarray:
         """Embeds chunks of muser_dist/data/chunks.py: (rows of all chunks, dim) float32 of unit length."""
@@ -343,15 +356,17 @@ class Muser:
             np.add.at(sums, list(numbers), self._forward(modality, arrays)[0])
         return unit_rows(sums, "the clips' embeddings").astype(np.float32)
 
-    def _read_piece(self, piece: str | Path | bytes) -> Iterator[tuple[np.ndarray, int, int]]:
-        from muser_dist.data.symbolic.encode import read_piece  # libraries that only notation needs
-
-        return read_piece(piece, self.config.data.symbolic)
-
-    def _heads(self, pieces: Sequence[str | Path | bytes]) -> dict[str, np.ndarray]:
-        """The first windows of pieces."""
-        patches, lengths, _ = zip(*(next(self._read_piece(piece)) for piece in pieces), strict=True)
-        return {"patches": np.stack(patches), "patches_length": np.array(lengths, np.int32)}
+    def _encode_in_runs(self, modality: Modality, items: Sequence[Any]) -> np.ndarray:
+        if isinstance(items, (str, Path, bytes, np.ndarray)):
+            raise TypeError(f"encode_{modality} takes a list; wrap the one you have in [ ]")
+        sums = np.zeros((len(items), self.dim))
+        data = self.config.data
+        runs = ((number, *run) for number, item in enumerate(items) for run in read_runs(modality, item, data))
+        for part in _batches(runs, self.window_batch):
+            numbers, read, lengths, new = zip(*part, strict=True)
+            arrays = dict(zip(_INPUTS[modality], (np.stack(read), np.array(lengths, np.int32)), strict=True))
+            np.add.at(sums, list(numbers), np.array(new)[:, None] * self._forward(modality, arrays)[0])
+        return unit_rows(sums, f"{modality} embeddings").astype(np.float32)
 
     def _read(self, sentences: Sequence[Any]) -> dict[str, np.ndarray]:
         ids, lengths = self._tokenizer(list(sentences))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -127,20 +128,24 @@ def test_the_commands_of_the_page_on_htcl(address, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_page_on_clamp(address, tmp_path, monkeypatch):
-    write_scores(tmp_path / "music", 24, name="pdtunes-train")
-    write_scores(tmp_path / "music", 8, name="pdtunes-val")
+    write_scores(tmp_path / "music", 24, "abc", "mid", "flac", name="pdtunes-train")
+    write_scores(tmp_path / "music", 8, "abc", "mid", "flac", name="pdtunes-val")
     monkeypatch.setenv("PDTUNES", str(tmp_path / "music"))
     sheet = score([[note("C5", 32)]]).encode()
     for name, data in {"jig.abc": abc(1), "jig.mid": midi(1), "sheet.musicxml": sheet}.items():
         (tmp_path / name).write_bytes(data)
+    np.save(tmp_path / "song.npy", np.random.default_rng(0).standard_normal((3, 128)).astype(np.float16))
     (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", CLAMP.read_text(), re.S)
     (tmp_path / "my_recipes.py").write_text(own)
     trial = "--train.samples 32 --train.global-batch 8 --train.chunk 4 --train.warmup-samples 8"
     run_blocks(re.sub(r"pretrain\.py (\S+) ", rf"pretrain.py \1 {trial} ", CLAMP.read_text()), tmp_path, address)
     scores = json.loads((tmp_path / "runs" / "align" / "evaluation.json").read_text())
     assert {"text->symbolic", "text->notation", "symbolic->notation"} <= scores["retrieval"].keys()
+    bridged = json.loads((tmp_path / "runs" / "clamp3" / "repair" / "evaluation.json").read_text())
+    assert {"features->symbolic", "symbolic->features"} <= bridged["retrieval"].keys()
+    assert (tmp_path / "features" / "train" / "quarantine.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("job", ["embed", "search", "export"])

@@ -24,6 +24,8 @@ A chunk is a dict of arrays, one Arrow row and one block:
     notation_patches uint8 (c, patches, 64), where a pair names it, and in evaluation where data.symbolic.notations are
                                      two: another notation of the same piece, drawn apart; and so is notation_length
     notation_length  int32 (c,)
+    features         float16 (c, windows, size), where a tower reads features (data/features.py)
+    features_length  int32 (c,)      windows before the padding
     text             str   (c,)
     text_ids         int32 (c, max_tokens), where a tower reads texts; and so is text_length
     text_length      int32 (c,)
@@ -54,6 +56,7 @@ import numpy as np
 from muser_dist.config import RunConfig
 from muser_dist.data.config import SourceConfig
 from muser_dist.data.decoder import Crop, decoder
+from muser_dist.data.features import features_bytes, read_features
 from muser_dist.data.labels import Labels
 from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.notation import Seeds, notation_bytes, read_notation
@@ -93,6 +96,7 @@ class Outline:
         draws: of each row, the source of its other random choices.
         view_seeds: (c,) of the second view's augmentation.
         notation_seeds: (c,) of what is drawn of notation; None where nothing is.
+        runs: (c,) where the windows that are read of features lie in their songs.
     """
 
     step: int
@@ -103,6 +107,7 @@ class Outline:
     draws: list[np.random.Generator | None]
     view_seeds: list[int]
     notation_seeds: list[Seeds | None]
+    runs: list[float]
 
     @property
     def crop(self) -> np.ndarray:
@@ -132,8 +137,8 @@ class ChunkReader:
         rows: reads single rows.
         plan: their order.
         sources: names and templates.
-        config: how clips, notation and texts are treated; what the model embeds in training, or in evaluation where
-            the plan does not shuffle.
+        config: how clips, notation, features and texts are treated; what the model embeds in training, or in evaluation
+            where the plan does not shuffle.
         chunk: rows in a chunk (c).
         chunks_per_step: chunks in a global batch (K); `for_workers` pads them.
         val_ids: (n,) int64, sorted: `file_id` and `title_id` of the validation rows.
@@ -171,10 +176,11 @@ class ChunkReader:
     @property
     def chunk_bytes(self) -> int:
         """About the size of a chunk: that of its waveforms, which spectrograms in their place do not reach, of its
-        notation, and of its tokens."""
+        notation and features, and of its tokens."""
         data = self.data
         row = 2 * data.crop_samples * (self.hears + self.second_view)
         row += notation_bytes(data) * sum(name in self.features for name in ("symbolic", "notation"))
+        row += features_bytes(data) * ("features" in self.features)
         row += 4 * data.max_tokens * ("text" in self.features)
         return self.chunk * row
 
@@ -195,6 +201,7 @@ class ChunkReader:
         crops, found, draws = np.full((self.chunk, 1 + self.second_view), 0.5), [], []
         view_seeds = [0] * self.chunk
         notation_seeds: list[Seeds | None] = [None] * self.chunk
+        runs = [0.0] * self.chunk
         for i, (epoch, index, shard, number) in enumerate(
             zip(rows.epoch.tolist(), rows.index.tolist(), rows.shard.tolist(), rows.row.tolist(), strict=True)
         ):
@@ -208,8 +215,10 @@ class ChunkReader:
             if rng and "symbolic" in self.features:
                 first, other = self.plan.notation_rng(epoch, index).integers(2**63, size=2).tolist()
                 notation_seeds[i] = first, other
+            if rng and "features" in self.features:
+                runs[i] = self.plan.features_rng(epoch, index).random()
             draws.append(rng)
-        return Outline(step, chunk, rows, found, crops, draws, view_seeds, notation_seeds)
+        return Outline(step, chunk, rows, found, crops, draws, view_seeds, notation_seeds, runs)
 
     def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
         """Yields the chunks of these slots."""
@@ -332,10 +341,12 @@ class ChunkReader:
                 }
                 of_sound["view"] = np.empty_like(waveforms)
                 of_sound["view_length"], of_sound["valid_view"], _ = hear(views, of_sound["view"])
-        notation: Chunk = {}
+        of_members: Chunk = {}
         if "symbolic" in self.features:
             two = "notation" in self.features
-            notation = read_notation(outline.found, outline.notation_seeds, data, report, two, self.needs_notation)
+            of_members |= read_notation(outline.found, outline.notation_seeds, data, report, two, self.needs_notation)
+        if "features" in self.features:
+            of_members |= read_features(outline.found, outline.runs, data, report)
         chunk: Chunk = {
             "step": np.int64(outline.step),
             "chunk": np.int64(outline.chunk),
@@ -368,7 +379,7 @@ class ChunkReader:
             chunk["liked"] = np.stack(
                 [self.partners.likeliest(index, self.likes) if index >= 0 else none for index in outline.rows.index]
             )
-        return chunk | of_sound | notation | labels | ({"valid_label": labelled} if labels else {})
+        return chunk | of_sound | of_members | labels | ({"valid_label": labelled} if labels else {})
 
     def _entry(self, outline: Outline, i: int, **fields: Any) -> str:
         """An entry for the quarantine about a row of the chunk, as JSON."""

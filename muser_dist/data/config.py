@@ -105,6 +105,21 @@ class AugmentConfig(Strict):
 
 
 @dataclass(frozen=True)
+class FeaturesConfig(Strict):
+    """What is read of a song's features, which a frozen network made of its consecutive windows."""
+
+    size: int = 768
+    """Values of a window."""
+    max_windows: int = 126
+    """Most windows of a row: 126 of 5 s and two zero vectors fill the 128 positions of CLaMP 3. Of a longer song a
+    random run of so many is taken in training; in evaluation the head."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "max_windows"):
+            require(getattr(self, name) >= 1, f"data.features.{name} must be at least 1")
+
+
+@dataclass(frozen=True)
 class DataConfig(Strict):
     train: tuple[str, ...] = ()
     """Training shards: paths or fsspec URLs (s3://, https://, ...), with braces ({0000..0099})
@@ -146,6 +161,8 @@ class DataConfig(Strict):
     (float16 through the object store, for devices that cannot spare the time)."""
     symbolic: SymbolicConfig = field(default_factory=SymbolicConfig)
     """What becomes of scores and MIDI, where the model has a tower that reads them."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """What is read of features of windows (KEY.npy), where the model has a tower that reads them."""
     templates: tuple[str, ...] = ("{caption}",)
     """Sentences over the metadata fields, one chosen per row and pass. A clause (between commas)
     that needs a missing field is left out. {captions:one} draws one entry of a list. Bars make lines:

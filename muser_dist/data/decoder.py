@@ -108,12 +108,12 @@ class Decoder:
         lengths = (answer if isinstance(answer, DataError) else answer[0] for answer in answers)
         return dict(zip(rows, lengths, strict=True))
 
-    def windows(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+    def windows(self, sound: Stored, hop_seconds: float | None) -> Iterator[tuple[np.ndarray, int]]:
         """`windows.cut_windows` of a whole member with this decoder's config; some windows are held at a time.
 
         Args:
             sound: the member.
-            hop_seconds: from a window's begin to the next one's.
+            hop_seconds: from a window's begin to the next one's; None for those of `windows.cut_consecutive`.
 
         Raises:
             DataError: as there, or what `decode` returns; windows may have been given before.
@@ -129,7 +129,7 @@ class Decoder:
                 death = error
         raise DataError(f"its decoder died twice ({death})")
 
-    def _stream(self, sound: Stored, hop_seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+    def _stream(self, sound: Stored, hop_seconds: float | None) -> Iterator[tuple[np.ndarray, int]]:
         """Windows as the child makes them, which goes on when it is told so.
 
         Raises:

@@ -5,7 +5,8 @@ the same order. What is wanted of a member:
 
     "probe"                         what its headers say
     "crop", position, seed          a crop of a clip
-    "windows", hop                  all windows of a clip, `TOGETHER` at a time; it comes alone
+    "windows", hop                  all windows of a clip, `TOGETHER` at a time; it comes alone. Those
+                                    that follow each other where hop is null
     "patches", extension, seed      notation
 
 Answers lie in the shared memory, in order; a byte says that all are there. They are text and numbers, never pickles:
@@ -31,7 +32,7 @@ from muser_dist.data.clips import ClipCache
 from muser_dist.data.config import DataConfig
 from muser_dist.data.symbolic.characters import PATCH_BYTES
 from muser_dist.data.tar import Stored
-from muser_dist.data.windows import cut_windows
+from muser_dist.data.windows import cut_consecutive, cut_windows
 from muser_dist.errors import DataError
 
 SECONDS = 60.0
@@ -145,10 +146,11 @@ def _crop(
 
 
 def _serve_windows(
-    requests: socket.socket, shared: dict[str, np.ndarray], data: bytes, config: DataConfig, hop_seconds: float
+    requests: socket.socket, shared: dict[str, np.ndarray], data: bytes, config: DataConfig, hop_seconds: float | None
 ) -> None:
     """Answers with all windows of a clip; as many as fit are told at a time, and fewer are the last."""
-    windows = cut_windows(audio.read_blocks(data), config, hop_seconds)
+    blocks = audio.read_blocks(data)
+    windows = cut_consecutive(blocks, config) if hop_seconds is None else cut_windows(blocks, config, hop_seconds)
     while True:
         done = 0
         try:

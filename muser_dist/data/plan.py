@@ -259,6 +259,10 @@ class Plan:
         """The same for the row's notation."""
         return np.random.default_rng([self.seed, 7, epoch, index])
 
+    def features_rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The same for the run of the row's features."""
+        return np.random.default_rng([self.seed, 8, epoch, index])
+
     def _mix(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, row number and source of each row of a global batch."""
         # Not negative: a share of at least one row a step outgrows the rounding of the step before.

@@ -73,6 +73,49 @@ def _cut(
         yield held[-wanted:], rate
 
 
+def cut_consecutive(blocks: Iterable[tuple[np.ndarray, int]], config: DataConfig) -> Iterator[tuple[np.ndarray, int]]:
+    """Cuts a clip into crops that follow each other, holding little more than one of them at a time.
+
+    The n-th lies n crops from the clip's head, so silent ones are kept. A rest of less than half a crop is left out,
+    unless there is nothing else.
+
+    Args:
+        blocks: what `audio.read_blocks` yields.
+        config: rate and length of the windows, and padding.
+
+    Yields:
+        waveform (samples,) int16 and the number of samples before the padding.
+
+    Raises:
+        DataError: as `cut_windows`; windows may have been given before.
+    """
+    silence, heard, held = None, False, np.zeros(0, np.float32)
+    windows, wanted, rate = 0, 1, 1
+
+    def crop(window: np.ndarray) -> tuple[np.ndarray, int]:
+        nonlocal silence, heard, windows
+        windows += 1
+        try:
+            made = to_int16(window, rate, config)
+        except Silence as error:
+            silence = error
+            length = min(config.crop_samples, round(len(window) / rate * config.sample_rate))
+            return np.zeros(config.crop_samples, np.int16), max(1, length)
+        heard = True
+        return made
+
+    for block, rate in blocks:
+        wanted = round(config.crop_seconds * rate)
+        held = np.concatenate([held, block]) if len(held) else block
+        while len(held) >= wanted:
+            yield crop(held[:wanted])
+            held = held[wanted:]
+    if 2 * len(held) >= wanted or (len(held) and not windows):
+        yield crop(held)
+    if not heard:
+        raise silence or DataError("empty: no samples")
+
+
 def hear(
     clip: Clip, data: DataConfig, sample_rate: int | None, windows: Windows, hop_seconds: float
 ) -> Iterator[tuple[np.ndarray, int]]:

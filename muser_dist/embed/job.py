@@ -90,8 +90,12 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, sha256: str, device: str) -> Muser:
-    """The model; it stays in the process from task to task."""
+def load_model(model: str, sha256: str, device: str) -> Muser:
+    """The model; it stays in the process from task to task.
+
+    Raises:
+        DataError: the node sees another one than that with this `Muser.sha256`.
+    """
     muser = Muser.from_pretrained(model, device)
     if muser.sha256 != sha256:
         raise DataError(f"{model} holds another model on a node than where the job started")
@@ -116,7 +120,7 @@ class Encoder:
 
     def __call__(self, batch: Chunk) -> dict[str, Any]:
         """As `encode_windows`."""
-        return encode_windows(_load(self.model, self.sha256, self.device), batch, self.wanted)
+        return encode_windows(load_model(self.model, self.sha256, self.device), batch, self.wanted)
 
 
 def results(

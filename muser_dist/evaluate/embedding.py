@@ -190,6 +190,11 @@ def _digest(model: Encoder, config: RunConfig, index: ShardIndex) -> str:
     patches = rng.integers(4, CHARACTERS, (1, data.symbolic.max_patches, PATCH_BYTES), np.uint8)
     for name, length in (("patches", "patches_length"), ("notation_patches", "notation_length")):
         given |= {name: patches, length: np.array([data.symbolic.max_patches], np.int32)}
+    windows, size = data.features.max_windows, data.features.size
+    given |= {
+        "features": rng.standard_normal((1, windows, size)).astype(np.float16),
+        "features_length": np.array([windows], np.int32),
+    }
     content = hashlib.sha256()
     for name in model.modalities:
         if name == "text":

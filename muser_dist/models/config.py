@@ -7,8 +7,8 @@ from typing import Any, Literal
 from muser_dist.errors import require
 from muser_dist.strict import Strict
 
-Modality = Literal["audio", "spectrogram", "symbolic", "text"]
-MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "symbolic", "text")
+Modality = Literal["audio", "spectrogram", "symbolic", "features", "text"]
+MODALITIES: tuple[Modality, ...] = ("audio", "spectrogram", "symbolic", "features", "text")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class ModelConfig(Strict):
     """Tower that sees the log-mel spectrogram; None leaves the modality out."""
     symbolic: TowerConfig | None = None
     """Tower that reads notation: ABC, MusicXML, MIDI; None leaves the modality out."""
+    features: TowerConfig | None = None
+    """Tower that reads features of windows of sound, which a frozen network made; None leaves the modality out."""
     text: TowerConfig | None = None
     """Tower that reads the text; None leaves the modality out."""
     projection_dim: int = 128

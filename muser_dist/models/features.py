@@ -14,9 +14,10 @@ class FeatureTower(VectorBert):
     As published: MERT's features of windows of 5 s, 128 positions.
 
     Args:
-        data: gives nothing.
-        inputs: size of a feature. Where it is not `width`, a linear layer comes first.
-        positions: most vectors of a song, the zero vectors among them.
+        data: gives the size of a feature (where it is not `width`, a linear layer comes first), and the most windows of
+            a song.
+        positions: most vectors of a song, the zero vectors among them, where weights have more than `data` needs; 128
+            as published.
         width: channels, and the output's.
         depth: layers.
         heads: attention heads; must divide `width`.
@@ -27,22 +28,21 @@ class FeatureTower(VectorBert):
         self,
         data: DataConfig,
         *,
-        inputs: int = 768,
-        positions: int = 128,
+        positions: int | None = None,
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
         dropout: float = 0.1,
     ) -> None:
-        require(positions >= 3, "model.features.options.positions: give at least 3, for two zero vectors and a window")
-        super().__init__(width, depth, heads, dropout, positions)
-        self.inputs = nn.Identity() if inputs == width else nn.Linear(inputs, width)
+        super().__init__(width, depth, heads, dropout, positions or data.features.max_windows + 2)
+        size = data.features.size
+        self.inputs = nn.Identity() if size == width else nn.Linear(size, width)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeds a batch.
 
         Args:
-            batch: "features" (rows, windows, inputs) float16 or float32 and "features_length" (rows,) int32, of the
+            batch: "features" (rows, windows, size) float16 or float32 and "features_length" (rows,) int32, of the
                 windows that a row has; what stands behind them does not matter.
 
         Returns:
@@ -55,7 +55,8 @@ class FeatureTower(VectorBert):
         require(
             features.shape[1] + 2 <= self.positions,
             f"model.features.options.positions: {features.shape[1]} windows and two zero vectors do not fit into "
-            f"{self.positions} positions; give more, or cut songs shorter",
+            f"{self.positions} positions; give at least data.features.max_windows + 2",
         )
+        features = features[:, : int(lengths.max())]  # most songs may be far shorter than the longest that fits
         features = features.masked_fill(~inside(features, lengths)[:, :, None], 0.0).to(self.base.dtype)
         return self.pooled(self.inputs(nn.functional.pad(features, (0, 0, 1, 1))), lengths + 2)

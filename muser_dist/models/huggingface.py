@@ -97,10 +97,16 @@ class HuggingFaceWaveform(nn.Module):
     Args:
         data: gives nothing but the contract of the batch.
         model: see `architecture`; "model_type" is "wav2vec2", "hubert", "wavlm", ...
+        layers: whose output it gives: the last one's, or the "mean" of all, the first one's input among them (what
+            CLaMP 3 takes of MERT).
     """
 
-    def __init__(self, data: DataConfig, *, model: str | dict[str, Any]) -> None:
+    def __init__(
+        self, data: DataConfig, *, model: str | dict[str, Any], layers: Literal["last", "mean"] = "last"
+    ) -> None:
         super().__init__()
+        require(layers in ("last", "mean"), f'model.audio.options.layers is {layers!r}; give "last" or "mean"')
+        self.layers = layers
         config = architecture(model, "audio", {})
         self.encoder: Any = _network(config, "audio")
         require(
@@ -125,7 +131,9 @@ class HuggingFaceWaveform(nn.Module):
         waveform = waveform / (waveform.std(dim=1, keepdim=True) + 1.0)  # int16 steps: 1 is the quietest sound
         lengths = batch["audio_length"].clamp(min=1)
         inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths[:, None]
-        frames = self.encoder(waveform, attention_mask=inside).last_hidden_state
+        every = self.layers == "mean"
+        output = self.encoder(waveform, attention_mask=inside, output_hidden_states=every)
+        frames = torch.stack(output.hidden_states).mean(dim=0) if every else output.last_hidden_state
         frame_lengths = self.encoder._get_feat_extract_output_lengths(lengths).clamp(min=1)
         return masked_mean(frames, frame_lengths)
 

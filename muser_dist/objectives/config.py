@@ -7,7 +7,7 @@ from muser_dist.errors import require
 from muser_dist.models.config import Modality
 from muser_dist.strict import Strict
 
-Feature = Literal["audio", "spectrogram", "symbolic", "text", "view", "notation", "partner", "fused"]
+Feature = Literal["audio", "spectrogram", "symbolic", "features", "text", "view", "notation", "partner", "fused"]
 """What pairs contrast: a tower's modality; "view", another crop of the same clip, drawn and augmented apart, which
 the audio tower and its head embed too; "notation", another notation of the same piece (of ABC and MIDI the other one),
 which the symbolic tower and its head embed too; or, where rows come in pairs of songs that listeners like together

@@ -7,6 +7,7 @@ from muser_dist.config import RunConfig, Stages
 from muser_dist.errors import ConfigError
 from muser_dist.plugins import resolve
 from muser_dist.recipes.clamp import clamp2, m3, muser_symbolic
+from muser_dist.recipes.clamp3 import clamp3
 from muser_dist.recipes.clmr import clmr
 from muser_dist.recipes.htcl import htcl
 from muser_dist.recipes.muser import muser, muser_audio_text, muser_code, muser_paper
@@ -31,6 +32,8 @@ RECIPES: dict[str, Callable[[], RunConfig | Stages]] = {
     "m3_tiny": partial(m3, "tiny"),
     "clamp2": clamp2,
     "clamp2_tiny": partial(clamp2, "tiny"),
+    "clamp3": clamp3,
+    "clamp3_tiny": partial(clamp3, "tiny"),
     "muser_symbolic": muser_symbolic,
     "muser_symbolic_tiny": partial(muser_symbolic, "tiny"),
     "htcl": htcl,

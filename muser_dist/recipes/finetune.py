@@ -29,7 +29,7 @@ def finetune(start: str, tower: str | None = None) -> RunConfig:
 
     Args:
         start: folder of a run or of its exported model; or a recipe, whose tower starts from random weights.
-        tower: "audio", "spectrogram", "symbolic" or "text"; by default the first of them that there is.
+        tower: "audio", "spectrogram", "symbolic", "features" or "text"; by default the first of them that there is.
 
     Raises:
         ConfigError: there is no such recipe or tower.

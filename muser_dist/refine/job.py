@@ -5,26 +5,19 @@ The tasks neither have the key nor spend anything, so one that Ray runs again co
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import ray
-import ray.data
-import ray.exceptions
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from muser_dist.data.executor import TaskNumbers, set_context
-from muser_dist.data.session import connected, error_of_user
+from muser_dist.data.rewriting import alone_in, check_names, on_ray
+from muser_dist.data.session import connected
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
-from muser_dist.errors import ClusterError, ConfigError, DataError
+from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.refine.asker import Asker, Endpoint
 from muser_dist.refine.ledger import UNIT, Answers, Ledger, Prices, Spending
@@ -115,20 +108,6 @@ def refine(
     return _finish(index, records, prices, spending, folder, write)
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other jobs out of a folder; raises DataError where one is in it."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DataError(f"another job works in {folder}; wait for it, or end it") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def claim(folder: Path, index: ShardIndex, prompt: Prompt, made_by: dict[str, Any]) -> None:
     """Makes a folder this job's.
 
@@ -136,11 +115,7 @@ def claim(folder: Path, index: ShardIndex, prompt: Prompt, made_by: dict[str, An
         ConfigError: it cannot be written, or the new shards would overwrite others.
         DataError: it is another job's.
     """
-    names = [Path(url).name for url in index.urls]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"--shards: two shards are called {twice}, and so would the new ones; refine them apart")
-    if any(Path(url).parent == folder for url in index.urls):
-        raise ConfigError(f"--out {folder} is where the shards lie, which would be overwritten; give another folder")
+    check_names(index, folder)
     inputs = json.dumps([[redact(url), rows] for url, rows in zip(index.urls, index.rows.tolist(), strict=True)])
     content = {"prompt": asdict(prompt), "shards": hashlib.sha256(inputs.encode()).hexdigest()}
     content = json.loads(json.dumps(content))
@@ -174,7 +149,7 @@ def _requests_on_ray(
         for batch in requests(storage, index.url(shard), prompt):
             yield json.dumps([request and asdict(request) for request in batch])
 
-    for batch in _on_ray(len(index), read):
+    for batch in on_ray(len(index), read):
         yield [request and Request(**request) for request in json.loads(batch)]
 
 
@@ -192,31 +167,9 @@ def _records_on_ray(index: ShardIndex, storage: Storage, prompt: Prompt, folder:
             answers.close()
         yield json.dumps([shard, asdict(record)])
 
-    records = [json.loads(record) for record in _on_ray(len(index), refined)]
+    records = [json.loads(record) for record in on_ray(len(index), refined)]
     assert sorted(shard for shard, _ in records) == list(range(len(index))), "a shard is missing, or there twice"
     return [TypeAdapter(Record).validate_python(record) for _, record in sorted(records, key=lambda record: record[0])]
-
-
-def _on_ray(count: int, work: Callable[[int], Iterator[str]]) -> Iterator[str]:
-    """Yields what `work` yields for the numbers from 0 to count - 1, each a task with a CPU, in any order."""
-    slots = int(ray.cluster_resources().get("CPU", 0))
-    if slots < 1:
-        raise ClusterError("the cluster has no CPU that could read shards; start nodes with --num-cpus")
-
-    def task(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        return (pa.table({"made": [text]}) for number in batch["id"].tolist() for text in work(number))
-
-    set_context(slots)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = TaskNumbers(count, slots).dataset().map_batches(task, batch_size=None, num_cpus=1)
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=4):
-            yield from block["made"].tolist()
-    except ray.exceptions.RayError as error:
-        if (cause := error_of_user(error)) is not None:
-            raise cause from None
-        last = str(error).strip().splitlines()[-1]
-        raise ClusterError(f"reading or writing shards ended: {last}; the same command goes on") from error
 
 
 def _finish(

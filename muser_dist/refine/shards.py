@@ -6,10 +6,8 @@ refined/NAME.json: its counts and its entries of the quarantine.
 """
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +15,10 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
+from muser_dist.data.rewriting import identity, open_source, write_shard
 from muser_dist.data.rows import Row
 from muser_dist.data.storage import Storage, redact
-from muser_dist.data.tar import Sample, Stored, walk
+from muser_dist.data.tar import Sample, walk
 from muser_dist.data.text import read_fields
 from muser_dist.errors import DataError
 from muser_dist.files import write_whole
@@ -108,7 +107,7 @@ def refine_shard(
     def quarantine(row: int, key: str, reason: str) -> None:
         problems.append({"row": row, "shard": shard, "key": key, "reason": reason})
 
-    with _opened(storage, url) as file:
+    with open_source(storage, url) as file:
         size = os.fstat(file.fileno()).st_size
         read, end = 0, "the shard holds fewer samples than its index says"
         try:
@@ -142,7 +141,7 @@ def refine_shard(
         content = _digest(url, file, copied) if write else ""
         record = Record(max(read, indexed), **counts, problems=problems, rows=len(copied), content=content)
         if write and not (path.exists() and content == read_record(folder, name).content):
-            _write(path, copied, file)
+            write_shard(path, ((sample, {} if new is None else {"json": new}) for sample, new in copied), file)
         if write:
             about.parent.mkdir(exist_ok=True)
             write_whole(about, json.dumps(asdict(record)))
@@ -155,13 +154,6 @@ def read_record(folder: Path, name: str) -> Record:
         return TypeAdapter(Record).validate_json((folder / RECORDS / f"{name}.json").read_bytes())
     except (OSError, ValidationError):
         return Record()
-
-
-def _opened(storage: Storage, url: str) -> BinaryIO:
-    try:
-        return storage.open(url)
-    except (DataError, OSError) as error:
-        raise DataError(f"--shards: {redact(url)} {error}; the same command goes on when it can be read") from None
 
 
 def _fields(url: str, sample: Sample, file: BinaryIO) -> dict[str, Any]:
@@ -178,44 +170,9 @@ def _merged(url: str, sample: Sample, file: BinaryIO, descriptions: dict[str, An
     return json.dumps(metadata | descriptions).encode()
 
 
-def _json_extension(sample: Sample) -> str:
-    """The extension of the member that is the row's metadata, by the rule of `Row`."""
-    dotted = [extension for extension in sample.members if extension.endswith(".json")]
-    return "json" if "json" in sample.members or not dotted else dotted[-1]
-
-
 def _digest(url: str, file: BinaryIO, copied: list[tuple[Sample, bytes | None]]) -> str:
     """Of what the new shard is made from, without reading its sound."""
-    # A copy of a remote shard is named after its version, and its time is that of its last use.
-    stat = os.fstat(file.fileno())
-    identity = [Path(file.name).name] if "://" in url else [stat.st_size, stat.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps(identity).encode())
+    digest = hashlib.sha256(json.dumps(identity(url, file)).encode())
     for sample, metadata in copied:
         digest.update(f"\n{sample.offset} ".encode() + (metadata or b""))
     return digest.hexdigest()
-
-
-def _write(path: Path, copied: list[tuple[Sample, bytes | None]], source: BinaryIO) -> None:
-    """Writes a shard, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for sample, metadata in copied:
-                refined = _json_extension(sample)
-                for extension, member in sample.members.items():
-                    new = metadata if extension == refined else None
-                    old = Stored(source.fileno(), member.offset, member.size)
-                    _add(tar, member.name, old.read() if new is None else new)
-                if metadata is not None and refined not in sample.members:
-                    _add(tar, f"{sample.key}.json", metadata)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Adds a member. Equal content makes equal bytes: no times, no owners."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    info.uname = info.gname = "muser"
-    tar.addfile(info, io.BytesIO(content))

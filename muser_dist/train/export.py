@@ -119,10 +119,16 @@ def card(run: Path, config: RunConfig, record: dict[str, Any], samples: int, sta
     templates = "\n".join(f"- `{template}`" for template in config.data.templates)
     pairs = ", ".join(f"{pair.first}–{pair.second}" for pair in config.objective.pairs)
     data = config.data
-    if all(name in ("symbolic", "text") for name in config.model.towers()):
+    modality = next(iter(config.model.towers()))
+    if modality == "symbolic":
         use = 'muser.encode_symbolic(["YOUR_TUNE.abc"])'
         takes = (
             f"It reads {data.symbolic.max_patches} patches of ABC or MIDI at a time; longer ones are cut into windows."
+        )
+    elif modality == "features":
+        use = 'muser.encode_features(["YOUR_SONG.npy"])'
+        takes = (
+            f"It reads {data.features.max_windows} windows' features at a time; longer songs are cut into such runs."
         )
     else:
         use = 'muser.encode_audio(["YOUR_SONG.mp3"])'

@@ -182,6 +182,10 @@ def _chunk(config: RunConfig, size: int, number: int) -> Chunk:
         chunk |= {"patches": patches, "patches_length": length}
         if "notation" in config.features:
             chunk |= {"notation_patches": patches, "notation_length": length}
+    if "features" in config.features:
+        shape = size, data.features.max_windows, data.features.size
+        length = np.full(size, data.features.max_windows, np.int32)
+        chunk |= {"features": rng.standard_normal(shape, np.float32).astype(np.float16), "features_length": length}
     if "view" in config.features:
         chunk |= {"view": chunk["audio"], "view_length": chunk["audio_length"]}
     labels = {name: np.maximum(array, 0) for name, array in Labels(data).empty(size).items()}

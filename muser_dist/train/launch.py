@@ -339,7 +339,7 @@ def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None
         print("\nNot scored: no --data.val was given")
     page = write_report(folder)
     modality, *others = config.model.towers()
-    file = "YOUR_TUNE.abc" if modality == "symbolic" else "YOUR_SONG.mp3"
+    file = {"symbolic": "YOUR_TUNE.abc", "features": "YOUR_SONG.npy"}.get(modality, "YOUR_SONG.mp3")
     use = f"m.{'classify' if config.data.label_kinds() else f'encode_{modality}'}(['{file}'])"
     if "text" in others:
         use = f"m.encode_text(['a slow waltz']) @ {use}.T"

@@ -128,11 +128,21 @@ def check_model(config: RunConfig) -> int:
                 "patches": torch.zeros(1, data.symbolic.max_patches, PATCH_BYTES, dtype=torch.uint8),
                 "patches_length": torch.tensor([data.symbolic.max_patches], dtype=torch.int32),
             }
+        if config.model.features is not None:
+            row |= {
+                "features": torch.zeros(1, data.features.max_windows, data.features.size, dtype=torch.float16),
+                "features_length": torch.tensor([data.features.max_windows], dtype=torch.int32),
+            }
         if "view" in config.features:
             row |= {"view": row["audio"], "view_length": row["audio_length"]}
         try:
             with torch.inference_mode():
                 MultimodalModel(config)(row)
+        except KeyError as missing:
+            raise ConfigError(
+                f"model: a tower reads {missing}, which is not made for any modality that the model has; `build` must "
+                "fit its modality (docs/towers.md)"
+            ) from None
         except (RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(
                 f"the towers cannot take a row of {data.crop_seconds:g} s at {data.sample_rate} Hz ({error}); "

@@ -37,6 +37,8 @@ TENSORS = (
     "patches_length",
     "notation_patches",
     "notation_length",
+    "features",
+    "features_length",
     "text_ids",
     "text_length",
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muser_dist.models.features import FeatureTower
 from muser_dist.objectives.contrastive import contrastive
 from muser_dist.train.store import CheckpointStore
 
@@ -41,6 +42,21 @@ def faulty(features, logits, batch, config):
                 return replace(loss, share=loss.share * float("nan"))
             _FAULTS[fault["kind"]]()
     return loss
+
+
+class DyingFeatures(FeatureTower):
+    """CLaMP 3's tower, in whose `call`-th forward pass of a process the fault strikes that is armed for its rank."""
+
+    def forward(self, batch):
+        global _calls
+        if dist.is_initialized():  # not where a config is tried
+            _calls += 1
+            for path in sorted(Path(os.environ[ARMED]).glob(f"*-{dist.get_rank()}")):
+                fault = json.loads(path.read_text())
+                if _calls == fault["call"]:
+                    path.unlink()
+                    _FAULTS[fault["kind"]]()
+        return super().forward(batch)
 
 
 def _kill() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from muser_dist.data.audio import decode, read_blocks, to_int16
 from muser_dist.data.config import DataConfig
 from muser_dist.data.decoder import Decoder
-from muser_dist.data.windows import cut_windows
+from muser_dist.data.windows import cut_consecutive, cut_windows
 from muser_dist.errors import DataError
 from tests.data.test_decoder import stored
 from tests.fatal import FATAL, install
@@ -139,3 +139,57 @@ def decoder(tmp_path_factory):
         decoder = Decoder(CONFIG)
         yield decoder
         decoder.close()
+
+
+# --- Windows that follow each other ---
+
+
+@given(
+    frames=st.integers(1, 3000), block=st.integers(1, 700), rate=st.sampled_from([1000, 2000]), seed=st.integers(0, 9)
+)
+@settings(max_examples=60, deadline=None)
+def test_consecutive_windows_are_the_clip_but_for_a_short_rest(frames, block, rate, seed):
+    config = DataConfig(sample_rate=1000, crop_seconds=0.25)
+    rng = np.random.default_rng(seed)
+    clip = rng.uniform(0.1, 0.9, frames).astype(np.float32)
+    clip[: frames // 3] = 0  # silent windows keep their places
+    blocks = ((clip[i : i + block], rate) for i in range(0, frames, block))
+    if not clip.any() or round(clip.max() * 32767) < 1:
+        return
+    windows = list(cut_consecutive(blocks, config))
+    wanted = rate // 4
+    whole, rest = divmod(frames, wanted)
+    assert len(windows) == whole + (2 * rest >= wanted or not whole)
+    for i, (waveform, length) in enumerate(windows):
+        window = clip[i * wanted : (i + 1) * wanted]
+        assert waveform.shape == (250,) and not waveform[length:].any()
+        assert abs(length - len(window) * 1000 / rate) <= 1
+        if rate == 1000:
+            np.testing.assert_array_equal(waveform[:length], np.round(window * 32767).astype(np.int16))
+
+
+def test_a_clip_without_sound_has_no_consecutive_windows():
+    config = DataConfig(sample_rate=1000, crop_seconds=0.25)
+    with pytest.raises(DataError, match="silent"):
+        list(cut_consecutive([(np.zeros(900, np.float32), 1000)], config))
+    with pytest.raises(DataError, match="empty"):
+        list(cut_consecutive([], config))
+
+
+def test_the_decoder_cuts_them_as_this_process_would():
+    """More than it is asked for at a time, and a clip that breaks off."""
+    config = DataConfig(sample_rate=8_000, crop_seconds=0.1)
+    data = encode(tone(4, 4.07, 8_000), 8_000)
+    isolated = Decoder(config)
+    try:
+        windows = list(isolated.windows(stored(data), None))
+        want = list(cut_consecutive(read_blocks(data), config))
+        assert len(windows) == len(want) == 41
+        for (waveform, length), (expected, expected_length) in zip(windows, want, strict=True):
+            np.testing.assert_array_equal(waveform, expected)
+            assert length == expected_length
+        with pytest.raises(DataError, match="silent"):
+            list(isolated.windows(stored(encode(np.zeros(8_000, np.float32), 8_000)), None))
+        assert len(list(isolated.windows(stored(data), 0.1))) == 41
+    finally:
+        isolated.close()

@@ -7,13 +7,14 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from muser_dist.config import DataConfig, TowerConfig
+from muser_dist.data.config import FeaturesConfig
 from muser_dist.errors import ConfigError
 from muser_dist.models.features import FeatureTower
 from muser_dist.models.model import build_tower
 from muser_dist.models.weights import match_weights
 
 DATA = DataConfig()
-SIZES = {"inputs": 16, "positions": 10, "width": 16, "depth": 2, "heads": 2}
+SIZES = {"width": 16, "depth": 2, "heads": 2}
 
 
 def songs(lengths: list[int], windows: int = 8, inputs: int = 16) -> dict[str, Tensor]:
@@ -21,9 +22,9 @@ def songs(lengths: list[int], windows: int = 8, inputs: int = 16) -> dict[str, T
     return {"features": features, "features_length": torch.tensor(lengths, dtype=torch.int32)}
 
 
-def tower(**options) -> FeatureTower:
+def tower(size: int = 16, **options) -> FeatureTower:
     torch.manual_seed(0)
-    return FeatureTower(DATA, **(SIZES | options))
+    return FeatureTower(DataConfig(features=FeaturesConfig(size, 8)), **(SIZES | options))
 
 
 def test_the_published_size():
@@ -51,7 +52,7 @@ def test_padding_is_not_seen_and_rows_are_apart():
 
 @pytest.mark.parametrize("inputs", [16, 5])
 def test_every_parameter_has_a_gradient(inputs):
-    encoder = tower(inputs=inputs).train()
+    encoder = tower(inputs).train()
     encoder(songs([8, 3, 0], inputs=inputs)).square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in encoder.parameters())
 
@@ -72,8 +73,12 @@ def test_clamps_weights_give_clamps_embeddings(tmp_path):
         torch.testing.assert_close(encoder(batch)[row], want, rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_fit_says_why():
-    with pytest.raises(ConfigError, match=r"options\.positions: 9 windows and two zero vectors do not fit into 10"):
-        tower()(songs([3], windows=9))
-    with pytest.raises(ConfigError, match="at least 3"):
-        tower(positions=2)
+def test_positions_are_those_of_the_data_or_more():
+    assert tower().positions == 10
+    batch = songs([8, 3])
+    longer = tower(positions=40).eval()
+    assert longer.positions == 40 and longer(batch).shape == (2, 16)
+    few = batch | {"features_length": torch.tensor([3, 1])}  # what no song has is not computed
+    torch.testing.assert_close(longer(few), longer(few | {"features": few["features"][:, :5]}))
+    with pytest.raises(ConfigError, match=r"8 windows and two zero vectors do not fit into 9 .*max_windows \+ 2"):
+        tower(positions=9)(batch)

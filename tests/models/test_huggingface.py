@@ -125,6 +125,26 @@ def test_eos_pooling_and_projection_are_clips():
     )
 
 
+@pytest.mark.parametrize("kind", ["wav2vec 2.0", "HuBERT", "WavLM"])
+def test_the_mean_over_layers_is_of_all_of_them(kind):
+    config = config_with(kind)
+    every = with_towers(config, audio={"options": config.model.audio.options | {"layers": "mean"}})
+    model, batch = MultimodalModel(every).eval(), batch_of(every)
+    encoder, tower = model.towers["audio"].encoder, model.towers["audio"]
+    states = []
+    for layer in (encoder.encoder.layers[0], encoder.encoder.layers[-1]):
+        layer.register_forward_hook(
+            lambda _layer, given, made: states.append((given[0], made if isinstance(made, torch.Tensor) else made[0]))
+        )
+    got = tower(batch)
+    (first, middle), (_, last) = states
+    mean = torch.stack([first, middle, last]).mean(dim=0)  # the input and the output of each of two layers
+    torch.testing.assert_close(got, mean.mean(dim=1), rtol=1e-4, atol=1e-5)
+    assert (got - last.mean(dim=1)).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r'layers is .all.; give "last" or "mean"'):
+        MultimodalModel(with_towers(config, audio={"options": config.model.audio.options | {"layers": "all"}}))
+
+
 def test_an_exported_model_needs_no_folder_of_hugging_face(tmp_path):
     BertModel(BertConfig(vocab_size=64, max_position_embeddings=40, **BODY)).save_pretrained(tmp_path / "bert")
     config = with_towers(

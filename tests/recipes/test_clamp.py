@@ -140,12 +140,15 @@ def test_the_commands_of_the_page_name_recipes_and_options_that_exist(monkeypatc
     monkeypatch.setitem(sys.modules, "my_recipes", module)
     commands = re.findall(r"python jobs/pretrain\.py ([^\n`]*)", page.replace("\\\n", " "))
     runs = [parse_runs(shlex.split(command), "jobs/pretrain.py") for command in commands]
-    assert [len(stages) for stages in runs] == [2, 1, 1]
+    assert [len(stages) for stages in runs] == [2, 1, 1, 1, 5, 5]
     assert [len(config.objective.pairs) for config in runs[2]] == [2]
     (options,) = re.findall(r"^```\n(--data\.templates .*)\n```", page, re.M)
     (*_, align) = parse_runs(["clamp2", *shlex.split(options)], "jobs/pretrain.py")
     assert len(align.data.templates) == 4
-    for option in re.findall(r"`(--[a-z0-9.-]+[^`]*)`", page):
+    assert [config.data.train for config in runs[5]] == [("SCORES/*.tar",)] * 2 + [("SONGS/*.tar",)] * 2 + [
+        ("SCORES/*.tar",)
+    ]
+    for option in re.findall(r"`(--[a-z0-9.-]+[^`]*)`", page[: page.index("## Sound: CLaMP 3")]):
         words = shlex.split(option.replace("\n", " "))
         if words[0].startswith("--model.text"):
             continue  # of a tower that is not in the first stage

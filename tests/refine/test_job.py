@@ -9,9 +9,10 @@ import pytest
 
 from jobs.refine_text import job
 from muser_dist.cli import Progress
+from muser_dist.data.rewriting import alone_in
 from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import ConfigError, DataError, MuserError
-from muser_dist.refine.job import MANIFEST, alone_in, claim
+from muser_dist.refine.job import MANIFEST, claim
 from muser_dist.refine.prompt import Prompt
 from tests.shardmaker import sample, write_shard
 
