@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from muser_table_run import save_embeddings
+from muser_table_run import EMBEDDINGS
 from plain import train
 
 from muser_dist.config import RunConfig
@@ -55,7 +55,7 @@ def run(config: RunConfig, variant: str, folder: Path, trained: bool) -> None:
     per_row: PerRow = {}
     scores = score(muser, config, test, fitted, Probing(on="tower", kinds=("linear",), seeds=0), per_row)
     save_rows(folder / "rows.npz", per_row)
-    save_embeddings(folder / "embeddings.npz", Embedded.join([fitted, test]))
+    Embedded.join([fitted, test]).save(folder / EMBEDDINGS)
     (folder / "scores.json").write_text(json.dumps(json.loads(known.read_text()) | scores))
 
 

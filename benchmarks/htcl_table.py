@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from htcl_table_page import page
-from muser_table_run import compared, run
+from muser_table_run import EMBEDDINGS, compared, run
 from record import provenance, say, write
 from runs import start
 
 from muser_dist.config import EvaluateConfig, RunConfig, Stages
 from muser_dist.data.corpora.listeners import LOG, SIMULATED, TRUTH
 from muser_dist.data.corpora.tastes import Truth
+from muser_dist.evaluate.embedding import Embedded
+from muser_dist.evaluate.fields import read_labels
 from muser_dist.evaluate.recommend_table import recommendation
 from muser_dist.recipes import find_recipe
 
@@ -39,6 +41,8 @@ TEMPLATES = (
 )
 STAGE_1, STAGE_2 = "stage 1", "stage 2"
 ABLATIONS = ("stage 2 without L1", "stage 2 without L3", "stage 2, liked songs no negatives")
+VARIANTS = (STAGE_1, STAGE_2, *ABLATIONS)
+TASTES = (*FIELDS, "book")
 ROOT = Path(__file__).parents[1]
 
 
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
         json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
-        for variant in (STAGE_1, STAGE_2, *ABLATIONS)
+        for variant in VARIANTS
         for seed in seeds
     ]
     results["comparison"] = compared(
@@ -161,17 +165,32 @@ def _recommend(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     log = pq.read_table(options.work / LOG)
     truth = Truth.load(options.work / TRUTH)
     start = json.loads(log.schema.metadata[SIMULATED])["test_start"]
-    tables: dict[str, dict[str, np.ndarray]] = {}
-    for variant in (STAGE_1, STAGE_2, *ABLATIONS):
-        with np.load(folder_of(options, variant, seed) / "embeddings.npz", allow_pickle=False) as kept:
-            for modality in ("spectrogram", "text"):
-                if modality == "spectrogram" or variant == STAGE_1:
-                    name = variant if modality == "spectrogram" else "text only"
-                    there = kept[f"valid_{modality}"]
-                    tables[name] = dict(zip(kept["keys"][there].tolist(), kept[modality][there], strict=True))
+    rows = {variant: Embedded.load(folder_of(options, variant, seed) / EMBEDDINGS) for variant in VARIANTS}
+    tables = {variant: _by_key(of, of.joint["spectrogram"], of.valid["spectrogram"]) for variant, of in rows.items()}
+    first = rows[STAGE_1]
+    tables["text only"] = _by_key(first, first.joint["text"], first.valid["text"])
+    tables["facts"] = _by_key(first, facts(first.fields), np.ones(len(first), bool))
     held_out = log["time"].to_numpy() >= start
     cold = {item for item, is_cold in zip(truth.items, truth.cold, strict=True) if is_cold}
     return recommendation(log, held_out, cold, tables, truth=truth, base=STAGE_1, seed=seed)
+
+
+def _by_key(rows: Embedded, vectors: np.ndarray, there: np.ndarray) -> dict[str, np.ndarray]:
+    return {key: vector for key, vector, known in zip(rows.keys, vectors, there, strict=True) if known}
+
+
+def facts(rows: list[dict[str, Any]]) -> np.ndarray:
+    """What the simulated listeners like clips for, as vectors: one-hot values, whitened, so that fields count alike.
+
+    A model that heard all of it without fail would know no more of a clip.
+    """
+    columns = []
+    for field in TASTES:
+        labels = read_labels(field, rows)
+        columns.append(labels.sets[0][:, None] == np.arange(len(labels.classes)))
+    known = np.concatenate(columns, axis=1).astype(np.float64)
+    left, sizes, _ = np.linalg.svd(known - known.mean(axis=0), full_matrices=False)
+    return left[:, sizes > 1e-6 * sizes[0]]
 
 
 if __name__ == "__main__":

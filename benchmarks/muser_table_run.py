@@ -25,6 +25,9 @@ from muser_dist.evaluate.probes import probe
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser, save_model
 
+EMBEDDINGS = "embeddings.npz"
+"""Of all rows of both sets of shards, in a run's folder: an `Embedded`."""
+
 
 def run(config: RunConfig, recipe: str, folder: Path) -> None:
     """Leaves the model, its curve, scores.json and rows.npz in the folder; "untrained" has the floor as well."""
@@ -61,7 +64,7 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     per_row: PerRow = {}
     scores = score(muser, config, test, fitted, Probing(on="tower", kinds=("linear",), seeds=5), per_row)
     save_rows(folder / "rows.npz", per_row)
-    save_embeddings(folder / "embeddings.npz", Embedded.join([fitted, test]))
+    Embedded.join([fitted, test]).save(folder / EMBEDDINGS)
     if recipe == "untrained":
         (folder / "floor.json").write_text(json.dumps(floor(config, val_index, train_index, storage)))
     known = {"recipe": recipe, "seed": config.seed, "seconds": round(seconds, 1)}
@@ -78,12 +81,6 @@ def compared(folders: Iterable[list[Path]]) -> list[dict[str, Any]]:
         for seed, (first, second) in enumerate(paths)
         if first.exists() and second.exists()
     ]
-
-
-def save_embeddings(path: Path, rows: Embedded) -> None:
-    """Keys, and for each modality (n, D) in the joint space and which of them are there."""
-    flags = {f"valid_{name}": there for name, there in rows.valid.items()}
-    np.savez(path, keys=np.array(rows.keys), **rows.joint, **flags)
 
 
 def floor(config: RunConfig, test: ShardIndex, train: ShardIndex, storage: Storage) -> dict[str, Any]:
