@@ -111,8 +111,6 @@ def set_context(slots: int) -> None:
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False
-    # A slot that is idle because the trainers are slower keeps its open shards and its decoder.
-    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     context.memory_usage_poll_interval_s = None  # a thread in each task that reads /proc for a statistic
     # Without Ray's limit by what consumers can take: it stops reading from all tasks alike, and when a node has died,
     # from the one that makes the lost blocks again, for which all others wait.
@@ -138,4 +136,8 @@ def execution_options(buffer_mib: int, block_bytes: int, slots: int, workers: in
     limits = ray.data.ExecutionResources(
         object_store_memory=max((buffer_mib << 20) - uncounted, slots * block_bytes, 1)
     )
-    return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits)
+    # For each slot a task more than there are CPUs, which waits in Ray's queue: a slot that becomes free has its next
+    # one at once, not when Ray Data's scheduler looks again.
+    waiting = ray.data.ExecutionResources(cpu=-slots)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of the only way to say so
+        return ray.data.ExecutionOptions(preserve_order=True, resource_limits=limits, exclude_resources=waiting)

@@ -144,28 +144,20 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
     at_once = max(1, min(ROWS_PER_TASK // reader.chunk, fitting))
     tasks = -(-(last - first) // at_once)
 
-    class Read:
-        """A decoding slot. It is an actor: the next task waits in it already when one ends."""
-
-        def __init__(self) -> None:
-            keep_freed_memory()  # chunks come and go
-
-        def __call__(self, batch: dict[str, np.ndarray]) -> "Iterator[pa.Table]":
-            for task in batch["id"].tolist():
-                start = first + task * at_once
-                for chunk in reader.read(range(start, min(last, start + at_once))):
-                    del chunk["fields"], chunk["text"]  # for evaluation only
-                    yield to_block(chunk)
+    def read(batch: dict[str, np.ndarray]) -> "Iterator[pa.Table]":
+        keep_freed_memory()  # chunks come and go
+        for task in batch["id"].tolist():
+            start = first + task * at_once
+            for chunk in reader.read(range(start, min(last, start + at_once))):
+                del chunk["fields"], chunk["text"]  # for evaluation only
+                yield to_block(chunk)
 
     set_context(slots)
-    # Its other need of CPUs keeps Ray from fusing the source with decoding, which would make few tasks of all.
-    pool = ray.data.ActorPoolStrategy(
-        min_size=1,
-        initial_size=slots,
-        max_size=reader.data.max_decode_slots or None,
-        max_tasks_in_flight_per_actor=2,
-    )
-    return TaskNumbers(tasks, slots).dataset().map_batches(Read, batch_size=None, num_cpus=1, compute=pool)
+    # Tasks, and no actors: what an actor had in hand when its node died would wait for a CPU to start the actor on, and
+    # all later chunks with it, perhaps for ever. Their need of CPUs keeps Ray from fusing the source with decoding,
+    # which would make few tasks of all.
+    tasks_at_once = ray.data.TaskPoolStrategy(size=reader.data.max_decode_slots or None)
+    return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1, compute=tasks_at_once)
 
 
 def to_block(chunk: Chunk) -> "pa.Table":
