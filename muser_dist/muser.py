@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from muser_dist.config import Feature, Modality, RunConfig, from_dict, to_dict
+from muser_dist.data.symbolic.members import is_notation
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.data.windows import Clip, Windows, hear
 from muser_dist.errors import CheckpointError, ConfigError, require
@@ -291,8 +292,8 @@ class Muser:
 
         Args:
             query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
-                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is
-                such a file, and a sentence otherwise.
+                were; a piece of notation, as a path with one of its extensions, or bytes where the model hears nothing;
+                or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
             index: `Index.open` of a folder that jobs/embed.py made with this model.
             k: most rows.
             modality: whose embeddings are searched; the index's first by default.
@@ -310,6 +311,8 @@ class Muser:
             embedding = query
         elif isinstance(query, str) and not os.path.isfile(query):
             embedding = self.encode_text([query])[0]
+        elif isinstance(query, (str, Path)) and is_notation(str(query)):
+            (embedding,) = self.encode_symbolic([query])
         elif heard := [name for name in (modality, *self.config.model.towers()) if name in ("audio", "spectrogram")]:
             (embedding,) = self._encode_clips(heard[0], [query], None, manifest.windows, manifest.hop_seconds)
         elif not isinstance(query, np.ndarray):
