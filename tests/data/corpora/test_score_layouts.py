@@ -199,3 +199,23 @@ def test_a_folder(tmp_path):
     with pytest.raises(DataError, match="there is no file with an extension of music"):
         read_folder(tmp_path / "nowhere")
     assert {track.split for track in read_folder(tmp_path / "corpus", 0.5)} == {"train", "val"}
+
+
+def test_each_tune_of_a_book_is_a_track(tmp_path):
+    """None is lost behind the first, and what stands beside the book is a track of its own."""
+    book = b"% a book\nO:Ireland\n\n" + b"\n\n".join(abc(i) for i in range(5)) + b"\nX:6\nK:C\nCDEF|\n"
+    write(tmp_path / "corpus" / "book.abc", book)
+    write(tmp_path / "corpus" / "book.mid", midi(1))
+    write(tmp_path / "corpus" / "book.json", b'{"collector": "Ann"}')
+    write(tmp_path / "corpus" / "one.abc", b"% a remark\n" + abc(7))
+    tracks = read_folder(tmp_path / "corpus", val_share=0.5)
+    assert {track.split for track in tracks} == {"train", "val"}
+    found, told = in_a_shard(tmp_path, tracks)
+    assert not told and list(found) == [*(f"book-{i:05d}" for i in range(1, 7)), "book", "one"]
+    for i in range(5):
+        members = found[f"book-{i + 1:05d}"]
+        patches, _ = encode_symbolic(members, SymbolicConfig())
+        np.testing.assert_array_equal(patches, encode_symbolic({"abc": abc(i)}, SymbolicConfig())[0])
+        assert json.loads(members["json"]) == {"title": f"Tune {i}", "collector": "Ann"}
+    assert json.loads(found["book-00006"]["json"])["title"] == "book"
+    assert set(found["book"]) == {"mid", "json"} and found["one"]["abc"] == b"% a remark\n" + abc(7)
