@@ -32,7 +32,7 @@ from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 _KEY, _PROBLEMS = b"muser_dist", b"muser_dist.quarantine"
 _RESERVED = ("key", "shard", "row", "windows", "text")
