@@ -1,4 +1,4 @@
-"""Embed shards or a folder of audio: `python jobs/embed.py MODEL --shards 'DATA/*.tar' --out embeddings`.
+"""Embed shards or a folder of audio or notation: `python jobs/embed.py MODEL --shards 'DATA/*.tar' --out embeddings`.
 
 Writes Parquet, a part for every few hundred rows, and quarantine.jsonl with what could not be embedded and why. The
 same command again makes only the parts that are missing. It runs on this machine's cores, or on the Ray cluster that
@@ -19,6 +19,8 @@ from muser_dist.config import Modality
 from muser_dist.data.windows import Windows
 from muser_dist.errors import require
 
+_BY_DEFAULT: tuple[Modality, ...] = ("audio", "spectrogram", "symbolic")
+
 
 @dataclass(frozen=True)
 class Embed:
@@ -31,11 +33,13 @@ class Embed:
     shards: tuple[str, ...] = ()
     """Shards: paths or URLs, with braces and globs."""
     folder: Path | None = None
-    """In place of shards: a folder of audio files, those of the folders in it too."""
-    modalities: tuple[Modality, ...] = ("audio",)
-    """Which of the model's towers embed each row; text comes from the first template that has something to say."""
+    """In place of shards: a folder of audio files, or of notation, those of the folders in it too."""
+    modalities: tuple[Modality, ...] = ()
+    """Which of the model's towers embed each row; by default the first that it has of audio, spectrogram and symbolic,
+    which is notation and is embedded alone or with text. Text comes from the first template that has something to say.
+    """
     windows: Windows = "all"
-    """Whole songs, or of those longer than the crop its middle alone, as evaluation hears them."""
+    """Whole songs, or of those longer than the crop its middle alone, as evaluation hears them. Of notation all."""
     hop_seconds: float | None = None
     """From a window's begin to the next one's; the crop's length by default."""
     features: bool = False
@@ -59,7 +63,6 @@ def job(arguments: list[str]) -> None:
     require(bool(options.shards) != bool(options.folder), "give --shards or --folder: one of the two")
     require(options.part_rows >= 1, f"--part-rows is {options.part_rows}; a part holds at least one row")
     require(options.hop_seconds is None or options.hop_seconds > 0, "--hop-seconds must be positive")
-    require(len(options.modalities) > 0, "--modalities is empty; name at least one")
     require(
         not options.folder or not (options.fields or "text" in options.modalities),
         "--folder: files have no metadata and no text; make shards of them (jobs/make_shards.py table), or leave "
@@ -95,11 +98,14 @@ def job(arguments: list[str]) -> None:
     model = options.model.absolute()  # actors run in other working directories
     muser = Muser.from_pretrained(model)
     require(
-        not {"symbolic", "features"} & {*options.modalities},
-        "--modalities: this job embeds clips and texts; notation and features of windows are embedded by "
-        "Muser.encode_symbolic and encode_features",
+        "features" not in options.modalities,
+        "--modalities: this job embeds clips, notation and texts; features of windows are embedded by "
+        "Muser.encode_features",
     )
-    missing = [name for name in options.modalities if name not in muser.modalities]
+    first = [name for name in _BY_DEFAULT if name in muser.modalities][:1]
+    modalities = tuple(dict.fromkeys(options.modalities or first))
+    require(len(modalities) > 0, "--modalities: the model has a tower of texts alone; give --modalities text")
+    missing = [name for name in modalities if name not in muser.modalities]
     require(
         not missing, f"--modalities: the model has no {', '.join(missing)} tower, only {', '.join(muser.modalities)}"
     )
@@ -127,18 +133,13 @@ def job(arguments: list[str]) -> None:
             f"next: python jobs/pretrain.py clamp3_tiny --data.features.size {width} --data.train '{options.out}/*.tar'"
         )
         return
+    wanted = Wanted(modalities, options.windows, options.hop_seconds or data.crop_seconds, options.fields)
     rows: FileReader | RowReader
     if options.folder:
         root = str(options.folder.absolute())
-        rows = FileReader(index_files(root), root)
+        rows = FileReader(index_files(root, wanted.notation), root)
     else:
         rows = RowReader(index_shards(storage, storage.expand(options.shards, "shards"), "shards"), storage)
-    wanted = Wanted(
-        tuple(dict.fromkeys(options.modalities)),
-        options.windows,
-        options.hop_seconds or data.crop_seconds,
-        options.fields,
-    )
     parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, options.part_rows), made_by)
     parts.claim()
     embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, progress)

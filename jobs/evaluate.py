@@ -37,6 +37,9 @@ class Evaluate:
     templates: tuple[str, ...] | None = None
     """Sentences over the fields in place of the recipe's. The first makes each clip's text for retrieval; those
     that can say a field alone make its prompts."""
+    languages: tuple[str, ...] | None = None
+    """Where fields are objects {language: text}: languages that retrieval by texts is scored in, each by itself; the
+    recipe's own by default."""
     probe_on: Literal["tower", "joint"] = "tower"
     """What probes see: the towers' output before their heads, as is usual, or the joint space."""
     probes: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
@@ -96,8 +99,10 @@ def job(arguments: list[str]) -> None:
     templates = options.templates or config.data.templates
     check_templates(templates, "--templates")
     fields = options.fields if options.fields is not None else config.evaluate.fields
+    languages = options.languages if options.languages is not None else config.evaluate.languages
     data = replace(config.data, storage_options=options.storage_options, templates=templates)
-    config = replace(config, data=data, evaluate=replace(config.evaluate, fields=fields, rows=options.rows))
+    scored = replace(config.evaluate, fields=fields, languages=languages, rows=options.rows)
+    config = replace(config, data=data, evaluate=scored)
     storage = Storage.of(config.data)
     val = index_shards(storage, storage.expand(options.val, "val"), "val")
     train = index_shards(storage, storage.expand(options.train, "train"), "train") if options.train else None

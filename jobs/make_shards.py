@@ -1,11 +1,12 @@
-"""Makes training data: WebDataset shards with audio and metadata, and their index.
+"""Makes training data: WebDataset shards with audio or notation and metadata, and their index.
 
 python jobs/make_shards.py demo --out demo-data
 
 python jobs/make_shards.py table --table music/tracks.csv --out shards --val-share 0.1
 
-`table` takes your own music; `gtzan`, `fma`, `magnatagatune` and `jamendo` take those corpora in
-the layout in which they are published; `index` counts the rows of shards that you have already.
+`table` and `folder` take your own music; `gtzan`, `fma`, `magnatagatune`, `jamendo`, and of notation
+`wikimt`, `midicaps` and `clamp`, take those corpora in the layout in which they are published; `index`
+counts the rows of shards that you have already.
 Each of them explains its options with --help. The same command again goes on where an interrupted
 one stopped. It runs on this machine's cores, or on the Ray cluster that RAY_ADDRESS names.
 """
@@ -66,14 +67,14 @@ class Corpus:
     """What all corpora of files have in common."""
 
     out: Path
-    """Folder for the shards; made when missing. On a cluster, every node must see it and the audio."""
+    """Folder for the shards; made when missing. On a cluster, every node must see it and the files."""
     shard_rows: int = 128
     """Tracks in a shard. Training shuffles inside windows of a few shards: rather many than large ones."""
     seed: int = 0
     """Decides the order of the tracks, which is mixed over all shards of a split."""
 
-    def write(self, tracks: "list[Track]", templates: tuple[str, ...]) -> None:
-        """Writes the shards, says what is where, and suggests how to train on them."""
+    def write(self, tracks: "list[Track]", templates: tuple[str, ...], recipe: str = "tiny") -> None:
+        """Writes the shards, says what is where, and suggests how to train on them, or to score where all is test."""
         from muser_dist.data.corpora.writer import SKIPPED, write_tracks
 
         written = write_tracks(self.out, tracks, self.shard_rows, self.seed, Progress("tracks"))
@@ -86,9 +87,15 @@ class Corpus:
         patterns = {split: shlex.quote(f"{self.out}/{split}-*.tar") for split in rows}
         for split, pattern in patterns.items():
             print(f"{split}: {rows[split]:,} tracks, {shards[split]} shards: {pattern}")
-        print(f"skipped: {written.skipped:,} tracks; {self.out / SKIPPED} says which and why")
-        arguments = [f"--data.{split} {patterns[split]}" for split in ("train", "val") if split in patterns]
-        print(f"next: python jobs/pretrain.py tiny {' '.join(arguments)} --data.templates {shlex.join(templates)}")
+        files = f", and {written.left_out:,} files of other tracks" if written.left_out else ""
+        print(f"skipped: {written.skipped:,} tracks{files}; {self.out / SKIPPED} says which and why")
+        said = shlex.join(templates)
+        if "train" in patterns:
+            arguments = [f"--data.{split} {patterns[split]}" for split in ("train", "val") if split in patterns]
+            print(f"next: python jobs/pretrain.py {recipe} {' '.join(arguments)} --data.templates {said}")
+        else:
+            (pattern, *_) = patterns.values()
+            print(f"next: python jobs/evaluate.py MODEL --val {pattern} --templates {said}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +127,76 @@ class Table(Corpus):
         counts = Counter(field for track in tracks for field in track.metadata)
         fields = [field for field, _ in counts.most_common(4)] or ["caption"]
         self.write(tracks, (", ".join(f"{{{field}}}" for field in fields),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Corpus):
+    """Your own scores, MIDI and recordings, without a table: files that share a name are one track.
+
+    irish/jig.abc, irish/jig.mid and irish/jig.mp3 are a track, and irish/jig.json may be an object with its fields.
+    """
+
+    root: Path
+    """Folder of the files, those of the folders in it too."""
+    val_share: float = 0.0
+    """Share of the tracks that goes to validation, drawn by a hash of the path."""
+
+    def make(self) -> None:
+        """Writes the shards and says what is where."""
+        from muser_dist.data.corpora.folder import TEMPLATES, read_folder
+        from muser_dist.data.symbolic.members import is_notation
+
+        tracks = read_folder(self.root, self.val_share)
+        notation = all(is_notation(file.name) for track in tracks for file in track.files)
+        self.write(tracks, TEMPLATES, "clamp2_tiny" if notation else "tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikiMT(Corpus):
+    """WikiMT, 1,010 lead sheets in ABC with descriptions, for evaluation: wikimusictext.jsonl."""
+
+    file: Path
+    """wikimusictext.jsonl."""
+
+    def make(self) -> None:
+        """Writes the shards and says what is where."""
+        from muser_dist.data.corpora.wikimt import TEMPLATES, read_wikimt
+
+        self.write(read_wikimt(self.file), TEMPLATES, "clamp2_tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MidiCaps(Corpus):
+    """MidiCaps, 168,407 MIDI files with captions: train.json and lmd_full/, which midicaps.tar.gz unpacks to."""
+
+    root: Path
+    """Folder with train.json and lmd_full/."""
+    val_share: float = 0.01
+    """Share of what is not marked as test_set that goes to validation, drawn by a hash of the path."""
+
+    def make(self) -> None:
+        """Writes the shards and says what is where."""
+        from muser_dist.data.corpora.midicaps import TEMPLATES, read_midicaps
+
+        self.write(read_midicaps(self.root, val_share=self.val_share), TEMPLATES, "clamp2_tiny")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp(Corpus):
+    """JSON lines as CLaMP 2 takes them: metadata, summaries in several languages, and the paths of ABC and MIDI."""
+
+    file: Path
+    """The JSON lines."""
+    root: Path | None = None
+    """Folder that their `filepaths` start from, and that they may not leave; the file's by default."""
+    val_share: float = 0.01
+    """Share of the lines that goes to validation, drawn by a hash of the first path."""
+
+    def make(self) -> None:
+        """Writes the shards and says what is where."""
+        from muser_dist.data.corpora.clamp import TEMPLATES, read_clamp
+
+        self.write(read_clamp(self.file, self.root, self.val_share), TEMPLATES, "clamp2_tiny")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +292,14 @@ class Index:
 COMMANDS = {
     "demo": Demo,
     "table": Table,
+    "folder": Folder,
     "gtzan": Gtzan,
     "fma": Fma,
     "magnatagatune": MagnaTagATune,
     "jamendo": Jamendo,
+    "wikimt": WikiMT,
+    "midicaps": MidiCaps,
+    "clamp": Clamp,
     "index": Index,
 }
 

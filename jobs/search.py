@@ -18,7 +18,7 @@ class Search:
     model: tyro.conf.Positional[Path]
     """The model that made it: a run's folder, or an exported model's."""
     query: tyro.conf.Positional[str]
-    """A sentence, or the path of an audio file."""
+    """A sentence in any language that the model knows, or the path of an audio file or of a piece of notation."""
     k: int = 10
     """Rows to print."""
     modality: Modality | None = None

@@ -79,7 +79,8 @@ def print_hits(hits: "Iterable[Hit]", fields: Iterable[str]) -> None:
     for hit in hits:
         told = "  ".join(f"{name}: {hit.metadata[name]}" for name in fields if hit.metadata[name])
         line = f"{hit.score:.4f}  {hit.key}  {told}"
-        print("".join(c if c.isprintable() else "�" for c in line).rstrip())  # names are other people's
+        # Names are other people's: nothing that moves the cursor, but the joiners that Persian and Indic words hold.
+        print("".join(c if c.isprintable() or c in "\u200c\u200d" else "�" for c in line).rstrip())
 
 
 _FILES = ConstructorRegistry()

@@ -36,12 +36,16 @@ class EvaluateConfig(Strict):
     data or the templates lack are named and left out."""
     rows: int = 10_000
     """Most validation rows to score, from the first on."""
+    languages: tuple[str, ...] = ()
+    """Where fields are objects {language: text}: languages, as the data call them, that retrieval by texts is scored
+    in, each by itself."""
     every_samples: int = 0
     """Samples of training between scores of the model so far, which a task of its own makes while training goes on:
     on a GPU that no worker has, or on CPUs. 0 means only the trained model is scored."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 1, "evaluate.rows must be at least 1")
+        require(len(set(self.languages)) == len(self.languages), "evaluate.languages names one twice")
         require(self.every_samples >= 0, "evaluate.every_samples must not be negative")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from muser_dist.config import Feature, Modality, RunConfig, from_dict, to_dict
 from muser_dist.data.features import Features
 from muser_dist.data.runs import first_runs, read_runs
+from muser_dist.data.symbolic.members import is_notation
 from muser_dist.data.text import HuggingFaceTokenizer, load_tokenizer
 from muser_dist.data.windows import Clip, Windows, hear
 from muser_dist.errors import CheckpointError, ConfigError, require
@@ -152,8 +153,7 @@ class Muser:
 
     @property
     def modalities(self) -> tuple[Feature, ...]:
-        """What of a chunk the model can encode: the modalities of its towers, and "notation", a piece's other notation,
-        where data.symbolic.notations has two."""
+        """What of a chunk the model can encode: its towers' modalities, and "notation" (muser_dist/data/chunks.py)."""
         return self.config.evaluated
 
     @property
@@ -258,9 +258,8 @@ class Muser:
         """Embeds scores and MIDI with the symbolic tower.
 
         A tower reads `config.data.symbolic.max_patches` at a time. A longer piece is cut into windows of as many, of
-        which the last one ends with the piece. Its embedding is the mean of the windows' embeddings of unit length,
-        each weighted with the patches that no window before it had, made unit length (as CLaMP 3's released code does
-        with embeddings as they are).
+        which the last one ends with the piece. Its embedding is the mean of the windows', each of unit length and
+        weighted with the patches that no window before it had, made unit length (CLaMP 3's released code weights so).
 
         Args:
             pieces: paths, or bytes, of ABC, MusicXML (.mxl too) or MIDI; their content tells which.
@@ -304,8 +303,8 @@ class Muser:
 
         Args:
             query: a sentence; a clip, as a path, bytes or a waveform at the model's rate, heard as the index's rows
-                were, or a piece where the model hears nothing; or an embedding, (dim,). A str is a path where there is
-                such a file, and a sentence otherwise.
+                were; a piece of notation, as a path with one of its extensions, or bytes where the model hears nothing;
+                or an embedding, (dim,). A str is a path where there is such a file, and a sentence otherwise.
             index: `Index.open` of a folder that jobs/embed.py made with this model.
             k: most rows.
             modality: whose embeddings are searched; the index's first by default.
@@ -323,6 +322,8 @@ class Muser:
             embedding = query
         elif isinstance(query, str) and not os.path.isfile(query):
             embedding = self.encode_text([query])[0]
+        elif isinstance(query, (str, Path)) and is_notation(str(query)):
+            (embedding,) = self.encode_symbolic([query])
         elif heard := [name for name in (modality, *self.config.model.towers()) if name in ("audio", "spectrogram")]:
             (embedding,) = self._encode_clips(heard[0], [query], None, manifest.windows, manifest.hop_seconds)
         elif not isinstance(query, np.ndarray):

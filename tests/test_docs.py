@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from tests.data.corpora.layouts import LAYOUTS, audio
+from tests.data.corpora.score_layouts import SCORES
 from tests.data.symbolic.notation import note, score
 from tests.scores import abc, midi, write_scores
 from tests.shardmaker import INSTRUMENTS
@@ -70,17 +71,20 @@ def run_blocks(page: str, folder: Path, address: str) -> None:
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_page(address, tmp_path):
     make_music(tmp_path / "music")
-    for name in ("gtzan", "fma", "magnatagatune", "jamendo"):
-        LAYOUTS[name].make(tmp_path / name)
+    corpora = {name: LAYOUTS[name] for name in ("gtzan", "fma", "magnatagatune", "jamendo")}
+    corpora |= {name: SCORES[name] for name in ("wikimt", "midicaps", "clamp")}
+    for name, layout in corpora.items():
+        layout.make(tmp_path / name)
+    SCORES["folder"].make(tmp_path / "tunes")
     (mix,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "mix.json").write_text(mix)
     run_blocks(PAGE.read_text(), tmp_path, address)
     index = json.loads((tmp_path / "shards" / "muser-index.json").read_text())
     assert index["rows"] == {"train-00000.tar": 52, "val-00000.tar": 12}
     assert (tmp_path / "shards" / "skipped.jsonl").read_text() == ""
-    for name in ("gtzan", "fma", "magnatagatune", "jamendo"):
+    for name, layout in (corpora | {"tunes": SCORES["folder"]}).items():
         index = json.loads((tmp_path / f"{name}-shards" / "muser-index.json").read_text())
-        assert sum(index["rows"].values()) == sum(LAYOUTS[name].rows.values())
+        assert sum(index["rows"].values()) == sum(layout.rows.values())
     run = tmp_path / "runs" / "trial"
     assert (run / "report.html").exists() and (run / "model" / "model.safetensors").exists()
     assert (run / "quarantine.jsonl").read_text() == ""
@@ -146,6 +150,8 @@ def test_the_commands_of_the_page_on_clamp(address, tmp_path, monkeypatch):
     bridged = json.loads((tmp_path / "runs" / "clamp3" / "repair" / "evaluation.json").read_text())
     assert {"features->symbolic", "symbolic->features"} <= bridged["retrieval"].keys()
     assert (tmp_path / "features" / "train" / "quarantine.jsonl").read_text() == ""
+    (part,) = (tmp_path / "tunes").glob("part-*.parquet")
+    assert pq.read_table(part).num_rows == 8
 
 
 @pytest.mark.parametrize("job", ["embed", "search", "export"])

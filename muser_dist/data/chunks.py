@@ -63,7 +63,7 @@ from muser_dist.data.notation import Seeds, notation_bytes, read_notation
 from muser_dist.data.partners import Partners
 from muser_dist.data.plan import Plan, Rows
 from muser_dist.data.rows import Row, RowReader
-from muser_dist.data.text import TextPolicy, flat, joined, load_tokenizer, read_fields, text_id
+from muser_dist.data.text import TextPolicy, by_language, flat, joined, load_tokenizer, read_fields, text_id
 from muser_dist.errors import DataError
 
 Chunk = dict[str, Any]
@@ -298,7 +298,7 @@ class ChunkReader:
                 if len(self.val_ids):
                     in_val[i] = np.isin([*ids, *title_id(values)], self.val_ids).any()
                 if not self.plan.shuffle:
-                    fields[i] = json.dumps(flat(values))
+                    fields[i] = json.dumps(flat(values) | by_language(values))
                 if data.label and (label := joined(values).get(data.label)):
                     label_ids[i] = text_id({data.label: label})
                 labelled[i] = self._labels.put(labels, i, values)

@@ -118,10 +118,20 @@ class Decoder:
         Raises:
             DataError: as there, or what `decode` returns; windows may have been given before.
         """
+        for waveform, length, _ in self._windows((sound, ["windows", hop_seconds]), "crop"):
+            yield waveform, length
+
+    def pieces(self, member: Stored, extension: str) -> Iterator[tuple[np.ndarray, int, int]]:
+        """`symbolic.encode.encode_windows` of a whole member with this decoder's config; as `windows`."""
+        for patches, length, new in self._windows((member, ["pieces", extension]), "patches"):
+            yield patches, length, int(new)
+
+    def _windows(self, request: _Request, made: str) -> Iterator[tuple[np.ndarray, int, str]]:
+        """The windows of a member that are shared as `made`, with their lengths and words."""
         given, death = 0, None
         for _ in range(2):  # once more: memory may have been short for another reason
             try:
-                for window in islice(self._stream(sound, hop_seconds), given, None):
+                for window in islice(self._stream(request, made), given, None):
                     given += 1
                     yield window
                 return
@@ -129,20 +139,21 @@ class Decoder:
                 death = error
         raise DataError(f"its decoder died twice ({death})")
 
-    def _stream(self, sound: Stored, hop_seconds: float | None) -> Iterator[tuple[np.ndarray, int]]:
+    def _stream(self, request: _Request, made: str) -> Iterator[tuple[np.ndarray, int, str]]:
         """Windows as the child makes them, which goes on when it is told so.
 
         Raises:
             _Died, DataError: as `_ask_together`, or the child's error.
         """
-        self._ask_together([(sound, ["windows", hop_seconds])])
+        self._ask_together([request])
         while True:
             done = int(self._shared["done"][0])
-            lengths, waveforms = self._shared["length"][:done].tolist(), self._shared["crop"][:done].copy()
-            error = self._shared["text"][done - 1].decode(errors="replace") if -1 in lengths else None
+            lengths, windows = self._shared["length"][:done].tolist(), self._shared[made][:done].copy()
+            words = [text.decode(errors="replace") for text in self._shared["text"][:done].tolist()]
+            error = words[done - 1] if -1 in lengths else None
             ended = error is not None or done < TOGETHER
             try:
-                yield from zip(waveforms[: done - (error is not None)], lengths, strict=False)
+                yield from zip(windows[: done - (error is not None)], lengths, words, strict=False)
             except GeneratorExit:
                 if not ended:  # the child waits to be told to go on
                     self.close()

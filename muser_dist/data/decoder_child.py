@@ -5,9 +5,10 @@ the same order. What is wanted of a member:
 
     "probe"                         what its headers say
     "crop", position, seed          a crop of a clip
-    "windows", hop                  all windows of a clip, `TOGETHER` at a time; it comes alone. Those
-                                    that follow each other where hop is null
     "patches", extension, seed      notation
+    "windows", hop                  all windows of a clip, `TOGETHER` at a time, those that follow each other where hop
+                                    is null; it comes alone
+    "pieces", extension             all windows of a piece of notation, as well; the words are how many patches are new
 
 Answers lie in the shared memory, in order; a byte says that all are there. They are text and numbers, never pickles:
 this process touches what comes from outside.
@@ -22,6 +23,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -110,8 +112,8 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
             length, words = 0, ""
             try:
                 data = Stored(file, offset, size).read()
-                if wanted == "windows":
-                    _serve_windows(requests, shared, data, config, *how)
+                if wanted in ("windows", "pieces"):
+                    _serve_windows(requests, shared, *_windows(data, config, wanted, *how))
                     break
                 if wanted == "crop":
                     shared["crop"][i], length, cached = _crop(data, config, clips, *how)
@@ -145,17 +147,32 @@ def _crop(
     return *audio.to_int16(waveform, config.sample_rate, config, seed), cached
 
 
+_Window = tuple[np.ndarray, int, str]
+"""Samples or patches, how many before the padding, and words."""
+
+
+def _windows(data: bytes, config: DataConfig, wanted: str, how: float | str | None) -> tuple[str, Iterator[_Window]]:
+    """What windows are shared as, and all of them."""
+    if wanted == "windows":
+        blocks = audio.read_blocks(data)
+        heard = cut_consecutive(blocks, config) if how is None else cut_windows(blocks, config, float(how))
+        return "crop", ((waveform, length, "") for waveform, length in heard)
+    from muser_dist.data.symbolic.encode import encode_windows  # libraries that only notation needs
+
+    read = encode_windows(str(how), data, config.symbolic)
+    return "patches", ((patches, length, str(new)) for patches, length, new in read)
+
+
 def _serve_windows(
-    requests: socket.socket, shared: dict[str, np.ndarray], data: bytes, config: DataConfig, hop_seconds: float | None
+    requests: socket.socket, shared: dict[str, np.ndarray], made: str, windows: Iterator[_Window]
 ) -> None:
-    """Answers with all windows of a clip; as many as fit are told at a time, and fewer are the last."""
-    blocks = audio.read_blocks(data)
-    windows = cut_consecutive(blocks, config) if hop_seconds is None else cut_windows(blocks, config, hop_seconds)
+    """Answers with all windows of a member; as many as fit are told at a time, and fewer are the last."""
     while True:
         done = 0
         try:
-            for done, (waveform, length) in enumerate(islice(windows, TOGETHER), start=1):
-                shared["crop"][done - 1], shared["length"][done - 1] = waveform, length
+            for done, (window, length, words) in enumerate(islice(windows, TOGETHER), start=1):
+                shared[made][done - 1], shared["length"][done - 1] = window, length
+                shared["text"][done - 1] = words.encode()
                 shared["done"][0] = done
         except Exception as error:  # whatever it is, one row must not end the run
             shared["length"][done], shared["text"][done] = -1, _words(error).encode(errors="replace")

@@ -11,6 +11,7 @@ import numpy as np
 from muser_dist.data.audio import EXTENSIONS
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
+from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, Member, Sample, Stored, walk
 from muser_dist.errors import DataError
 
@@ -139,7 +140,7 @@ class RowReader:
 
 
 class FileReader:
-    """Reads audio files of a folder as rows: each is a shard of one row, keyed by its path in the folder.
+    """Reads files of a folder, of audio or notation, as rows: each is a shard of one row, keyed by its path in there.
 
     Args:
         index: the files; see `index_files`.
@@ -163,27 +164,31 @@ class FileReader:
             return Row(name, key, problem=f"cannot be read: {error.strerror or error}")
         if size > MAX_MEMBER_BYTES:
             return Row(name, key, problem=f"has {size:,} bytes, more than {MAX_MEMBER_BYTES:,}")
-        return Row(name, key, 0, extension, None, {extension: Member(key, 0, size)}, file)
+        audio = extension if extension in EXTENSIONS else None
+        return Row(name, key, 0, audio, None, {extension: Member(key, 0, size)}, file)
 
     def surplus(self, shard: int) -> int:
         """As of RowReader."""
         return 0
 
 
-def index_files(root: str) -> ShardIndex:
-    """The audio files in a folder and in the folders in it, by their extensions, sorted.
+def index_files(root: str, notation: bool = False) -> ShardIndex:
+    """The files of audio, or of notation, in a folder and in the folders in it, by their extensions, sorted.
 
     Raises:
         DataError: there is none.
     """
+    of_notation = tuple(name for names in members.EXTENSIONS.values() for name in names)
+    extensions = of_notation if notation else EXTENSIONS
     found = sorted(
         os.path.join(folder, name)
         for folder, _, names in os.walk(root)
         for name in names
-        if name.rpartition(".")[2].lower() in EXTENSIONS and os.path.isfile(os.path.join(folder, name))
+        if name.rpartition(".")[2].lower() in extensions and os.path.isfile(os.path.join(folder, name))
     )
     if not found:
-        raise DataError(f"{root}: there is no audio file ({', '.join(EXTENSIONS)})")
+        kind = "file of notation" if notation else "audio file"
+        raise DataError(f"{root}: there is no {kind} ({', '.join(extensions)})")
     return ShardIndex(found, np.ones(len(found), np.int64), {})
 
 

@@ -141,6 +141,11 @@ def flat(values: Mapping[str, Any]) -> dict[str, Value]:
     return {name: line for name, line in lines.items() if line}
 
 
+def by_language(values: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
+    """The fields that differ by language, which `flat` leaves out."""
+    return {name: value for name, value in values.items() if isinstance(value, dict)}
+
+
 def joined(values: Mapping[str, Any]) -> dict[str, str]:
     """As `flat`, with lists joined."""
     return {n: value if isinstance(value, str) else ", ".join(value) for n, value in flat(values).items()}

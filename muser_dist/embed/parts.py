@@ -25,13 +25,14 @@ from pydantic import TypeAdapter
 from muser_dist.config import Modality
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import redact
+from muser_dist.data.symbolic.config import SymbolicConfig
 from muser_dist.data.windows import Windows
 from muser_dist.embed.songs import Wanted
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 _KEY, _PROBLEMS = b"muser_dist", b"muser_dist.quarantine"
 _RESERVED = ("key", "shard", "row", "windows", "text")
@@ -52,6 +53,7 @@ class Manifest:
         sample_rate, crop_seconds, pad: of the windows.
         modalities, windows, hop_seconds, fields: as of `Wanted`.
         templates: that sentences come from; empty where no text is embedded.
+        symbolic: how notation is read; None where none is.
         rows: of all parts.
         part_rows: of a part; the last one has fewer.
         inputs: SHA-256 over the shards' or files' names and their numbers of rows.
@@ -70,6 +72,7 @@ class Manifest:
     rows: int
     part_rows: int
     inputs: str
+    symbolic: SymbolicConfig | None = None
 
     @staticmethod
     def of(muser: Muser, wanted: Wanted, index: ShardIndex, part_rows: int) -> "Manifest":
@@ -90,6 +93,7 @@ class Manifest:
             rows=index.total,
             part_rows=part_rows,
             inputs=hashlib.sha256(inputs.encode()).hexdigest(),
+            symbolic=data.symbolic if wanted.notation else None,
         )
 
     @staticmethod

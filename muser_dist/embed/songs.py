@@ -5,8 +5,11 @@ A task is a range of rows. Its windows come in batches of a fixed number of rows
     first, stop      int64 ()            the rows of the task
     batch            int64 ()            number of the batch in the task
     row              int64 (c,)          row of each window; -1 is padding
-    audio            int16 (c, samples)
+    audio            int16 (c, samples), where sound is read
     audio_length     int32 (c,)          samples before the padding
+    patches          uint8 (c, patches, 64), where notation is read in its place
+    patches_length   int32 (c,)          patches before the padding
+    new              int32 (c,)          patches that no window of the piece before it has
     about            str                 "" but in the task's last batch: JSON, {"rows": [...], "problems": [...]}
 
 A row there has "row", "key", "shard", "windows" (how many were made of it, 0 where it was not heard), "text" (its
@@ -23,12 +26,13 @@ import numpy as np
 from muser_dist.config import Modality
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.config import DataConfig
-from muser_dist.data.decoder import Crop, decoder
+from muser_dist.data.decoder import Crop, Piece, decoder
 from muser_dist.data.rows import FileReader, Row, RowReader
-from muser_dist.data.tar import Stored
+from muser_dist.data.symbolic.characters import PATCH_BYTES
+from muser_dist.data.symbolic.members import draw_members
 from muser_dist.data.text import TextPolicy, joined, read_fields
 from muser_dist.data.windows import Windows
-from muser_dist.errors import DataError
+from muser_dist.errors import DataError, require
 from muser_dist.muser import Muser
 
 
@@ -48,10 +52,21 @@ class Wanted:
     hop_seconds: float
     fields: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        require(
+            self.heard == ("symbolic",) or "symbolic" not in self.heard,
+            "modalities: sound and notation are read apart; embed them into a folder each",
+        )
+
     @property
     def heard(self) -> tuple[Modality, ...]:
-        """The modalities that are made of sound."""
+        """The modalities that are made of windows: of sound, or notation alone."""
         return tuple(name for name in self.modalities if name != "text")
+
+    @property
+    def notation(self) -> bool:
+        """Whether windows are of notation."""
+        return "symbolic" in self.modalities
 
 
 class SongReader:
@@ -76,7 +91,7 @@ class SongReader:
         """Yields the batches of a task, the rows first <= r < stop."""
         told: dict[int, dict[str, Any]] = {}
         problems: list[dict[str, Any]] = []
-        sounds: dict[int, Stored] = {}
+        pieces: dict[int, Piece] = {}
         kept: list[Row] = []  # their files stay open as long as they are there
 
         def report(number: int, row: Row, member: str, reason: object, **fields: Any) -> None:
@@ -93,21 +108,22 @@ class SongReader:
             told[number] |= self._read_text(number, row, report)
             if self.wanted.heard:
                 try:
-                    sounds[number] = row.sound()
+                    pieces[number] = self._piece(row)
                 except DataError as error:
                     report(number, row, "", error)
 
         def unheard(number: int, error: DataError) -> None:
             told[number]["windows"] = 0
-            row = kept[number - first]
-            report(number, row, row.audio or "", error)
+            report(number, kept[number - first], pieces[number].extension, error)
 
         batch, filled = self._empty(first, stop, 0), 0
-        for number, waveform, length in self._hear(sounds, unheard):
+        for number, window in self._windows(pieces, unheard):
             if filled == self.batch:
                 yield batch
                 batch, filled = self._empty(first, stop, int(batch["batch"]) + 1), 0
-            batch["row"][filled], batch["audio"][filled], batch["audio_length"][filled] = number, waveform, length
+            batch["row"][filled] = number
+            for name, value in window.items():
+                batch[name][filled] = value
             filled += 1
             told[number]["windows"] += 1
         batch["about"] = np.str_(json.dumps({"rows": list(told.values()), "problems": problems}))
@@ -140,38 +156,60 @@ class SongReader:
             report(number, row, "json", error)
         return told
 
-    def _hear(
-        self, sounds: dict[int, Stored], unheard: Callable[[int, DataError], None]
-    ) -> Iterator[tuple[int, np.ndarray, int]]:
-        """Row, waveform and length of each window of some members; those that have none are told."""
+    def _piece(self, row: Row) -> Piece:
+        """The member that windows are made of; raises DataError where there is none."""
+        if not self.wanted.notation:
+            return Piece(row.sound(), row.audio or "", None)
+        extension, *_ = draw_members(row.extensions, self.data.symbolic)
+        member = row.member(extension)
+        assert member is not None, "a member that the row does not have"
+        return Piece(member, extension, None)
+
+    def _windows(
+        self, pieces: dict[int, Piece], unheard: Callable[[int, DataError], None]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row and arrays of each window of some members; those that have none are told."""
+        if self.wanted.windows == "middle" and not self.wanted.notation:
+            yield from self._middles(pieces, unheard)
+            return
+        for number, piece in pieces.items():
+            try:
+                for window in self._all(piece):
+                    yield number, window
+            except DataError as error:
+                unheard(number, error)
+
+    def _middles(
+        self, sounds: dict[int, Piece], unheard: Callable[[int, DataError], None]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        numbers = list(sounds)
+        into = np.empty((len(sounds), self.data.crop_samples), np.int16)
+        crops = {i: Crop(sounds[number].member, 0.5, None) for i, number in enumerate(numbers)}
+        for i, decoded in decoder(self.data).decode(crops, into).items():
+            if isinstance(decoded, DataError):
+                unheard(numbers[i], decoded)
+            else:
+                yield numbers[i], {"audio": into[i], "audio_length": decoded.length}
+
+    def _all(self, piece: Piece) -> Iterator[dict[str, Any]]:
         isolated = decoder(self.data)
-        if self.wanted.windows == "middle":
-            numbers = list(sounds)
-            into = np.empty((len(sounds), self.data.crop_samples), np.int16)
-            crops = {i: Crop(sounds[number], 0.5, None) for i, number in enumerate(numbers)}
-            for i, decoded in isolated.decode(crops, into).items():
-                if isinstance(decoded, DataError):
-                    unheard(numbers[i], decoded)
-                else:
-                    yield numbers[i], into[i], decoded.length
+        if self.wanted.notation:
+            for patches, length, new in isolated.pieces(piece.member, piece.extension):
+                yield {"patches": patches, "patches_length": length, "new": new}
         else:
-            for number, sound in sounds.items():
-                try:
-                    for waveform, length in isolated.windows(sound, self.wanted.hop_seconds):
-                        yield number, waveform, length
-                except DataError as error:
-                    unheard(number, error)
+            for waveform, length in isolated.windows(piece.member, self.wanted.hop_seconds):
+                yield {"audio": waveform, "audio_length": length}
 
     def _empty(self, first: int, stop: int, number: int) -> Chunk:
-        return {
-            "first": np.int64(first),
-            "stop": np.int64(stop),
-            "batch": np.int64(number),
-            "row": np.full(self.batch, -1, np.int64),
-            "audio": np.zeros((self.batch, self.data.crop_samples), np.int16),
-            "audio_length": np.zeros(self.batch, np.int32),
-            "about": np.str_(""),
-        }
+        c = self.batch
+        if self.wanted.notation:
+            patches = np.zeros((c, self.data.symbolic.max_patches, PATCH_BYTES), np.uint8)
+            windows = {"patches": patches, "patches_length": np.zeros(c, np.int32), "new": np.zeros(c, np.int32)}
+        else:
+            waveforms = np.zeros((c, self.data.crop_samples), np.int16)
+            windows = {"audio": waveforms, "audio_length": np.zeros(c, np.int32)}
+        task = {"first": np.int64(first), "stop": np.int64(stop), "batch": np.int64(number)}
+        return {**task, "row": np.full(c, -1, np.int64), **windows, "about": np.str_("")}
 
 
 def encode_windows(muser: Muser, batch: Chunk, wanted: Wanted) -> dict[str, Any]:
@@ -179,17 +217,19 @@ def encode_windows(muser: Muser, batch: Chunk, wanted: Wanted) -> dict[str, Any]
 
     Returns:
         "first", "stop", "batch" and "about" as they are; "rows" (n,) int64, the rows that have a window in it; for each
-        modality (n, dim) float64, the sums of their windows' embeddings of unit length, and for "text" the sentences'
-        of all rows that "about" has one of, in order.
+        modality (n, dim) float64, the sums of their windows' embeddings of unit length, of notation each weighted with
+        its new patches, and for "text" the sentences' of all rows that "about" has one of, in order.
     """
     there = batch["row"] >= 0
     rows, place = np.unique(batch["row"][there], return_inverse=True)
     result = {name: batch[name] for name in ("first", "stop", "batch", "about")} | {"rows": rows}
-    windows = {name: batch[name][there] for name in ("audio", "audio_length")}
+    names = ("patches", "patches_length", "new") if wanted.notation else ("audio", "audio_length")
+    windows = {name: batch[name][there] for name in names}
     for modality in wanted.heard:
         sums = np.zeros((len(rows), muser.dim))
         if len(rows):
-            np.add.at(sums, place, muser.encode_chunks(modality, [windows]))
+            embeddings = muser.encode_chunks(modality, [windows])
+            np.add.at(sums, place, windows["new"][:, None] * embeddings if wanted.notation else embeddings)
         result[modality] = sums
     if "text" in wanted.modalities:
         about = json.loads(str(batch["about"]) or '{"rows": []}')

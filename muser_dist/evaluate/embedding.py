@@ -16,10 +16,15 @@ from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
 from muser_dist.data.symbolic.characters import CHARACTERS, PATCH_BYTES
+from muser_dist.data.text import by_language, flat
 from muser_dist.errors import DataError
 
 _SECONDS = 2.0  # between two calls of `progress`
 _PART_ROWS = 2048  # about, in a file that is kept: an interruption costs no more
+
+
+_LISTS = ("keys", "fields", "translations", "problems")
+"""Of `Embedded`, what is no array."""
 
 
 class Encoder(Protocol):
@@ -44,8 +49,8 @@ class Embedded:
     """Rows of a set of shards, in their order. Arrays hold whatever they hold where a modality is not valid.
 
     `joint` and `tower`: (n, D) in the joint space and (n, width) before the heads, float32, by modality; `valid`:
-    (n,) bool; `text_ids`: (n,) int64, equal where texts state the same; `fields`: metadata, `keys`: the rows' names;
-    `problems`: why rows cannot be used.
+    (n,) bool; `text_ids`: (n,) int64, equal where texts state the same; `keys`: the rows' names; `fields`: metadata,
+    and `translations` those that are objects {language: text}; `problems`: why rows cannot be used.
     """
 
     joint: dict[str, np.ndarray]
@@ -54,6 +59,7 @@ class Embedded:
     text_ids: np.ndarray
     keys: list[str]
     fields: list[dict[str, Any]]
+    translations: list[dict[str, dict[str, Any]]]
     problems: list[str]
 
     def __len__(self) -> int:
@@ -73,6 +79,7 @@ class Embedded:
             np.concatenate([part.text_ids for part in parts]),
             [key for part in parts for key in part.keys],
             [values for part in parts for values in part.fields],
+            [values for part in parts for values in part.translations],
             [problem for part in parts for problem in part.problems],
         )
 
@@ -85,7 +92,7 @@ class Embedded:
         }
         temporary = path.with_name(f".{path.name}.part")
         with temporary.open("wb") as file:
-            rest = json.dumps({"keys": self.keys, "fields": self.fields, "problems": self.problems})
+            rest = json.dumps({name: getattr(self, name) for name in _LISTS})
             np.savez(file, text_ids=self.text_ids, rest=np.array(rest), **arrays)
         temporary.replace(path)
 
@@ -105,7 +112,7 @@ class Embedded:
                         kinds[kind][name] = archive[entry]
                 rest = json.loads(str(archive["rest"]))
                 arrays = kinds["joint"], kinds["tower"], kinds["valid"], archive["text_ids"]
-                return Embedded(*arrays, rest["keys"], rest["fields"], rest["problems"])
+                return Embedded(*arrays, *(rest[name] for name in _LISTS))
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise DataError(f"{path}: kept embeddings that cannot be read ({error}); delete the file") from None
 
@@ -171,13 +178,15 @@ def _embed_chunk(model: Encoder, chunk: dict[str, Any]) -> Embedded:
     """A chunk's rows without its padding."""
     real = chunk["row"] >= 0
     encoded = {name: model.encode_chunk(name, chunk) for name in model.modalities}
+    metadata = [json.loads(values) for values, use in zip(chunk["fields"], real, strict=True) if use]
     return Embedded(
         {name: joint[real] for name, (joint, _) in encoded.items()},
         {name: tower[real] for name, (_, tower) in encoded.items()},
         {name: chunk[f"valid_{name}"][real] for name in model.modalities},
         chunk["text_id"][real],
         [key for key, use in zip(chunk["key"], real, strict=True) if use],
-        [json.loads(values) for values, use in zip(chunk["fields"], real, strict=True) if use],
+        [flat(values) for values in metadata],
+        [by_language(values) for values in metadata],
         [json.loads(problem)["reason"] for problem in chunk["problems"]],
     )
 

@@ -20,6 +20,7 @@ from muser_dist.evaluate.comparison import PerRow
 from muser_dist.evaluate.embedding import Embedded, Encoder, embed
 from muser_dist.evaluate.fields import FieldLabels, read_labels
 from muser_dist.evaluate.geometry import geometry
+from muser_dist.evaluate.languages import directions_in
 from muser_dist.evaluate.probes import Kind, few_shot, probe
 from muser_dist.evaluate.retrieval import answers, average_precision, directions, ranks, retrieval, score_ranks
 from muser_dist.evaluate.zero_shot import class_scores, embed_prompts, prompts_for, robustness, zero_shot
@@ -90,7 +91,7 @@ def score(
 
     Args:
         model: encodes the prompts.
-        config: `data.templates`, `evaluate.fields` and `objective.dims`.
+        config: `data.templates`, `evaluate.fields`, `evaluate.languages` and `objective.dims`.
         test: rows to score.
         train: rows that probes are fitted on.
         probing: what is probed.
@@ -100,6 +101,7 @@ def score(
     Returns:
         What evaluation.json holds. "rows", "rows_without" (by modality, rows that could not be used); "retrieval" by
         direction; "retrieval_by_leading_dims", the same by the first dimensions alone, for each of objective.dims;
+        "retrieval_by_language", the same from and to texts in each of evaluate.languages alone;
         "zero_shot" and "tagging", by field and modality; "robustness" to wording likewise, where two
         templates can say the field; "geometry"; "skipped_fields" with reasons. "probes" by field, modality and
         kind: "head" for what a model's own heads say, and with training rows those that were fitted on them. With these
@@ -126,6 +128,7 @@ def score(
             for dim in config.objective.dims
             for leading in [{name: rows[:, :dim] for name, rows in test.joint.items()}]
         },
+        "retrieval_by_language": {},
         "zero_shot": {},
         "tagging": {},
         "robustness": {},
@@ -133,17 +136,25 @@ def score(
         "skipped_fields": {},
     }
     for direction, asked in directions(test.joint, test.valid, test.text_ids):
-        found, (*_, query_ids, candidate_ids) = ranks(*asked), asked
-        result["retrieval"][direction] = score_ranks(found, query_ids, candidate_ids)
-        precision = average_precision(found, answers(query_ids, candidate_ids))
-        per_row[f"retrieval {direction}"] = query_ids, np.stack([found[:, 0], precision], axis=1)
+        result["retrieval"][direction], per_row[f"retrieval {direction}"] = _retrieved(*asked)
+    for language in config.evaluate.languages:
+        if "text" not in model.modalities:
+            result["skipped_fields"][f"language {language}"] = _NO_TEXT
+            continue
+        scores = {}
+        for direction, asked in directions_in(language, model, config.data, test):
+            scores[direction], per_row[f"retrieval {direction} in {language}"] = _retrieved(*asked)
+        if scores:
+            result["retrieval_by_language"][language] = scores
+        else:
+            result["skipped_fields"][f"language {language}"] = "no usable row has a text in it that a template can say"
     for field in config.evaluate.fields:
         labels = read_labels(field, test.fields)
         if reason := _unfit(labels):
             result["skipped_fields"][field] = reason
             continue
         if "text" not in model.modalities:
-            result["skipped_fields"][f"{field}, zero-shot"] = "the model has no text tower"
+            result["skipped_fields"][f"{field}, zero-shot"] = _NO_TEXT
             continue
         prompts = embed_prompts(model.encode_text, config.data.templates, field, labels.classes)
         if not len(prompts):
@@ -187,7 +198,18 @@ def skipped_fields(config: RunConfig, index: ShardIndex, storage: Storage, tags:
     return reasons
 
 
+def _retrieved(
+    queries: np.ndarray, candidates: np.ndarray, query_ids: np.ndarray, candidate_ids: np.ndarray
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Scores of a direction, and per query the rank of its best answer and average precision."""
+    found = ranks(queries, candidates, query_ids, candidate_ids)
+    precision = average_precision(found, answers(query_ids, candidate_ids))
+    per_query = np.stack([found[:, 0], precision], axis=1)
+    return score_ranks(found, query_ids, candidate_ids), (query_ids, per_query)
+
+
 _UNSAID = "no template can say it alone"
+_NO_TEXT = "the model has no text tower"
 
 
 def _unfit(labels: FieldLabels) -> str | None:

@@ -15,6 +15,9 @@ from muser_dist.errors import DataError
 from muser_dist.evaluate.bootstrap import mean_intervals
 from muser_dist.evaluate.classification import TIE
 
+KS = (1, 5, 10, 100)
+"""The k of each R@k, Hit@k of others."""
+
 DEPTH = 10
 """Places of a ranking that mean average precision looks at (mAP@10)."""
 
@@ -140,7 +143,7 @@ def first_rank_survival(candidates: int, relevant: int) -> np.ndarray:
     return np.concatenate([[1.0], np.cumprod((candidates - relevant - k) / (candidates - k))])
 
 
-def chance(candidates: int, relevant: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def chance(candidates: int, relevant: np.ndarray, ks: Sequence[int] = KS) -> dict[str, float]:
     """What ordering the candidates at random reaches: exact expectations, nothing is drawn.
 
     Args:
@@ -177,7 +180,7 @@ def retrieval(
     candidates: np.ndarray,
     query_ids: np.ndarray,
     candidate_ids: np.ndarray,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
 ) -> dict[str, Any]:
     """Scores of finding each query's answers among the candidates, next to chance.
 
@@ -200,7 +203,7 @@ def retrieval(
 
 
 def score_ranks(
-    found: np.ndarray, query_ids: np.ndarray, candidate_ids: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+    found: np.ndarray, query_ids: np.ndarray, candidate_ids: np.ndarray, ks: Sequence[int] = KS
 ) -> dict[str, Any]:
     """The scores of rankings.
 

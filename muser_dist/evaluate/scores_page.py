@@ -1,6 +1,5 @@
 """What a page shows of an evaluation: tables and pictures, as text where text can come from the data."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from muser_dist.evaluate.charts import COLOURS, draw_few_shot
 from muser_dist.evaluate.formats import amount, fraction, interval, percent, share
-from muser_dist.evaluate.summary import by_field
+from muser_dist.evaluate.summary import by_field, in_languages
 from muser_dist.files import write_whole
 
 _CLASSES = 24  # shown of a confusion matrix; the rarer ones are put together
@@ -57,7 +56,8 @@ def scores_shown(evaluation: Values) -> Values:
         "scored": {key: evaluation.get(key) for key in ("data", "rows", "probes_on", "train_rows")}
         | {"without": mapping(evaluation.get("rows_without"))},
         "tiles": _tiles(evaluation),
-        "retrieval": _retrieval(evaluation),
+        "retrieval": _retrieval(mapping(evaluation.get("retrieval"))),
+        "by_language": _retrieval(in_languages(evaluation)),
         "classified": _classified(evaluation),
         "tagged": _tagged(evaluation),
         "few_shot": draw_few_shot(mapping(evaluation.get("few_shot"))),
@@ -74,13 +74,12 @@ def mapping(value: Any) -> Values:
 
 
 def _tiles(evaluation: Values) -> list[Values]:
-    """Key scores: the widest R@k of each direction, and the accuracy of the first fields."""
+    """Key scores: R@10 of each direction, and the accuracy of the first fields."""
     tiles = []
-    for direction, scores in _directions(evaluation):
-        name = max((key for key in scores if re.fullmatch(r"R@\d+", key)), key=lambda key: int(key[2:]), default=None)
-        if name:
-            baselines = [("chance", scores.get(f"chance_{name}"))]
-            tiles.append({"title": direction, "metric": name, "value": scores[name], "baselines": baselines})
+    for direction, scores in _directions(mapping(evaluation.get("retrieval"))):
+        if "R@10" in scores:
+            baselines = [("chance", scores.get("chance_R@10"))]
+            tiles.append({"title": direction, "metric": "R@10", "value": scores["R@10"], "baselines": baselines})
     for field, modality, scores in list(_nested(evaluation, "zero_shot"))[:4]:
         baselines = [("majority", scores.get("majority")), ("chance", scores.get("chance"))]
         value = scores.get("accuracy")
@@ -88,8 +87,8 @@ def _tiles(evaluation: Values) -> list[Values]:
     return tiles
 
 
-def _directions(evaluation: Values) -> Iterator[tuple[str, Values]]:
-    for direction, scores in mapping(evaluation.get("retrieval")).items():
+def _directions(by_direction: Values) -> Iterator[tuple[str, Values]]:
+    for direction, scores in by_direction.items():
         yield direction.replace("->", " → "), mapping(scores)
 
 
@@ -99,9 +98,9 @@ def _nested(evaluation: Values, section: str) -> Iterator[tuple[str, str, Values
             yield field, modality, mapping(scores)
 
 
-def _retrieval(evaluation: Values) -> Values:
+def _retrieval(by_direction: Values) -> Values:
     """Metrics in their order, and for each direction (score, chance, interval) of each."""
-    table = list(_directions(evaluation))
+    table = list(_directions(by_direction))
     metrics = list(dict.fromkeys(key for _, scores in table for key in scores if f"chance_{key}" in scores))
     rows = []
     for direction, scores in table:

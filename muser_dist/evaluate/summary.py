@@ -14,8 +14,9 @@ def describe(evaluation: Values) -> str:
     Args:
         evaluation: what `muser_dist.evaluate.evaluator.score` returns.
     """
-    tables = [_retrieval(evaluation), _classified(evaluation), _tagged(evaluation), _few_shot(evaluation)]
-    tables += [_robustness(evaluation), _modalities(evaluation), _pairs(evaluation)]
+    tables = [_retrieval("retrieval", evaluation["retrieval"]), _by_language(evaluation)]
+    tables += [_classified(evaluation), _tagged(evaluation), _few_shot(evaluation), _robustness(evaluation)]
+    tables += [_modalities(evaluation), _pairs(evaluation)]
     lines = [f"not scored: {name} ({reason})" for name, reason in evaluation["skipped_fields"].items()]
     return "\n\n".join("\n".join(part) for part in (*tables, lines) if part)
 
@@ -32,9 +33,22 @@ def by_field(evaluation: Values) -> Iterator[tuple[str, str, Values]]:
                 yield "head" if kind == "head" else f"{kind} probe", f"{field} by {modality}", scores
 
 
-def _retrieval(evaluation: Values) -> list[str]:
-    names = ("R@1", "R@5", "R@10", "chance_R@10", "MRR", "mAP@10")
-    columns = ["retrieval", "R@1", "R@5", "R@10", "chance", "MRR", "mAP@10", "95 % interval", "median rank"]
+def in_languages(evaluation: Values) -> dict[str, Values]:
+    """Scores of retrieval by direction and language, a row of a table each."""
+    by_language = evaluation.get("retrieval_by_language") or {}
+    named = {
+        f"{direction} in {language}": s for language, found in by_language.items() for direction, s in found.items()
+    }
+    return dict(sorted(named.items(), key=lambda row: row[0].partition(" in ")[0]))
+
+
+def _by_language(evaluation: Values) -> list[str]:
+    return _retrieval("by language", in_languages(evaluation))
+
+
+def _retrieval(heading: str, by_direction: Values) -> list[str]:
+    names = ("R@1", "R@5", "R@10", "chance_R@10", "R@100", "MRR", "mAP@10")
+    columns = [heading, "R@1", "R@5", "R@10", "chance", "R@100", "MRR", "mAP@10", "95 % interval", "median rank"]
     rows = [
         [
             direction,
@@ -42,7 +56,7 @@ def _retrieval(evaluation: Values) -> list[str]:
             interval(scores["mAP@10_interval"]),
             f"{amount(scores['median_rank'])} of {scores['candidates']}",
         ]
-        for direction, scores in evaluation["retrieval"].items()
+        for direction, scores in by_direction.items()
     ]
     return table(columns, rows)
 

@@ -14,6 +14,7 @@ from muser_dist import Muser
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.search import Index
+from tests.scores import abc, midi, piece, symbolic_config, write_scores
 from tests.shardmaker import encode, sample, tone, write_shard
 from tests.small import small_config
 
@@ -84,3 +85,46 @@ def test_a_node_that_dies_takes_no_clip_along_and_a_clip_finds_itself(music):
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_notation_in_shards_and_folders_on_ray_with_and_without_a_gpu(tmp_path):
+    """The tower that the model has is the one that embeds: nobody has to say that this is notation."""
+    config = symbolic_config(max_patches=8)
+    save_model(tmp_path / "model", MultimodalModel(config).state_dict(), config)
+    pattern = write_scores(tmp_path, 40)
+    write_shard(tmp_path / "train-99999.tar", [("broken", piece(1, "abc") | {"abc": b"no notes"})])
+    (tmp_path / "tunes").mkdir()
+    for i in range(12):
+        (tmp_path / "tunes" / f"{i:02d}.{('abc', 'mid')[i % 2]}").write_bytes((abc, midi)[i % 2](i))
+    muser = Muser.from_pretrained(tmp_path / "model")
+    shards = [str(tmp_path / "model"), "--shards", pattern, "--fields", "instrument", "--part-rows", "16"]
+    done = run("jobs/embed.py", *shards, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "41 rows: 40 embedded; 1 entries in" in done.stdout
+    index = Index.open(tmp_path / "out")
+    assert index.modalities == ("symbolic",)
+    for i in range(0, 40, 7):
+        (hit,) = muser.search(abc(i), index, k=1)
+        assert hit.score > 0.9999
+        found = vector_of(tmp_path / "out", hit.key)
+        np.testing.assert_allclose(muser.encode_symbolic([abc(i)])[0] @ found, hit.score, atol=1e-5)
+    done = run("-c", TWO_STAGES, *shards, "--gpu", "--out", str(tmp_path / "apart"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    for part in sorted((tmp_path / "out").glob("part-*.parquet")):
+        mine, theirs = (pq.read_table(path).to_pydict() for path in (part, tmp_path / "apart" / part.name))
+        np.testing.assert_allclose(mine.pop("symbolic_embedding"), theirs.pop("symbolic_embedding"), atol=1e-6)
+        assert mine == theirs
+    done = run("jobs/embed.py", shards[0], "--folder", str(tmp_path / "tunes"), "--out", str(tmp_path / "files"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = run("jobs/search.py", str(tmp_path / "files"), shards[0], "медленный вальс", "--k", "3")
+    assert found.returncode == 0 and found.stdout.count(".abc") + found.stdout.count(".mid") == 3
+
+
+def vector_of(folder: Path, key: str) -> np.ndarray:
+    """A row's embedding."""
+    for part in folder.glob("part-*.parquet"):
+        for row in pq.read_table(part).to_pylist():
+            if row["key"] == key:
+                return np.array(row["symbolic_embedding"])
+    raise KeyError(key)

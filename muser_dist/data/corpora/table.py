@@ -68,8 +68,7 @@ def read_table(
     keys: dict[str, str] = {}
     for place, row in rows:
         cell = row.get(audio)
-        # Not resolved: links that lie in the folder are its owner's, the path in the table may be anybody's.
-        file = Path(os.path.normpath(root / cell if isinstance(cell, str) else root))
+        file = path_from(root, cell if isinstance(cell, str) else "")
         problem = None
         if _empty(cell):
             problem = f"the column {audio!r} is empty"
@@ -83,7 +82,7 @@ def read_table(
             if name in keys:
                 raise DataError(f"{place}: the key {name!r} is also that of {keys[name]}; name the rows uniquely")
             keys[name] = place
-        part = "val" if _share(name) < val_share else "train"
+        part = "val" if hash_share(name) < val_share else "train"
         if split is not None:
             part = SPLITS.get(str(row.get(split)).strip().lower(), "")
             if not part:
@@ -93,7 +92,15 @@ def read_table(
     return tracks
 
 
-def _share(name: str) -> float:
+def path_from(root: Path, path: str) -> Path:
+    """A path that starts from a folder, without its "..": so that it tells whether it leads out.
+
+    Not resolved: links that lie in the folder are its owner's, the path may be anybody's.
+    """
+    return Path(os.path.normpath(root / path))
+
+
+def hash_share(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big") / 2**64
 

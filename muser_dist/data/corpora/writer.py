@@ -1,9 +1,9 @@
 """Writes tracks as WebDataset shards, in parallel on Ray; a call that was interrupted can be repeated.
 
-    <split>-00000.tar   <key>.<audio extension> (the encoded bytes as they are) and <key>.json of each track
+    <split>-00000.tar   <key>.<extension> (the bytes as they are) of each file of a track, and its <key>.json
     muser-index.json    the number of tracks in each shard
     muser-corpus.json   a hash of what the shards were planned from
-    skipped.jsonl       the tracks that are in no shard, and why
+    skipped.jsonl       the tracks that are in no shard, and files that others lack there, and why
 
 Tracks are shuffled: corpora are sorted by genre, artist or album, and training shuffles inside a
 window of a few shards only. In order, a batch would hold one genre, whose clips are poor negatives
@@ -26,15 +26,19 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from muser_dist.data.audio import EXTENSIONS
+from muser_dist.data import audio
 from muser_dist.data.session import connected
 from muser_dist.data.shards import SIDECAR
+from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, walk
 from muser_dist.errors import ClusterError, DataError
 from muser_dist.files import write_whole
 
 MANIFEST = "muser-corpus.json"
 SKIPPED = "skipped.jsonl"
+
+EXTENSIONS = frozenset((*audio.EXTENSIONS, *(name for names in members.EXTENSIONS.values() for name in names)))
+"""Of the files that shards take: sound and notation."""
 
 _NAME_BYTES = 200  # of a key; file systems take 255 for the name with its extension
 
@@ -45,17 +49,27 @@ class Track:
 
     Attributes:
         key: names it among all tracks; made safe and unique as a file name when it is written.
-        audio: the encoded file.
+        file: the audio or the notation, as it is encoded.
         metadata: fields for templates, as JSON values; what JSON lacks is written as its str().
         split: "train", "val" or "test".
         problem: why it cannot be a row, as far as its reader knows; it is listed as skipped then.
+        further: other files of the same piece, such as its MIDI beside a score. Those that cannot be used, or have the
+            extension of one before, are listed, and the track is written without them.
+        content: of `file`, where it is none of its own but lies inside a file of the corpus; its name says where then.
     """
 
     key: str
-    audio: Path
+    file: Path
     metadata: dict[str, Any]
     split: str = "train"
     problem: str | None = None
+    further: tuple[Path, ...] = ()
+    content: bytes | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return (self.file, *self.further)
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,12 @@ class Written:
     Attributes:
         rows: tracks by the name of their shard, in order.
         skipped: tracks that are in no shard; skipped.jsonl names them.
+        left_out: files that tracks which are in a shard lack there; skipped.jsonl names these too.
     """
 
     rows: dict[str, int]
     skipped: int
+    left_out: int
 
 
 def write_tracks(
@@ -81,11 +97,11 @@ def write_tracks(
     """Writes all shards that are not there yet, their index and the list of skipped tracks.
 
     Each shard is one Ray task, on the cluster that RAY_ADDRESS names or on this machine's cores.
-    On a cluster, every node must see the audio and the folder under the same path.
+    On a cluster, every node must see the files and the folder under the same path.
 
     Args:
         folder: where they go; made when missing.
-        tracks: the corpus. What has a problem, no file, no bytes or no audio extension is skipped.
+        tracks: the corpus. What has a problem, no file, no bytes or none of `EXTENSIONS` is skipped.
         shard_rows: tracks in a shard; the last one of a split has fewer.
         seed: decides the order.
         progress: called with (tracks done, tracks), first when the kept shards are known.
@@ -97,10 +113,10 @@ def write_tracks(
     if shard_rows < 1:
         raise DataError(f"shard_rows is {shard_rows}; a shard holds at least one track")
     folder = folder.absolute()  # tasks run in other working directories
-    checked = _check(_with_unique_keys(tracks))
+    checked, lacking = _check(_with_unique_keys(tracks))
     usable = [track for track in checked if track.problem is None]
     if not usable:
-        first = f", the first ({checked[0].audio}) because: {checked[0].problem}" if checked else ""
+        first = f", the first ({checked[0].file}) because: {checked[0].problem}" if checked else ""
         raise DataError(f"none of {len(checked)} tracks can be written{first}")
     shards = _plan(usable, shard_rows, seed)
     try:
@@ -116,13 +132,14 @@ def write_tracks(
                 report(done, len(usable))
         skipped = [track for track in checked if track.problem is not None]
         skipped += [track for name in shards for track in results[name]]
-        lines = [{"key": track.key, "audio": str(track.audio), "reason": track.problem} for track in skipped]
+        told = [(track.key, track.file, track.problem) for track in skipped] + lacking
+        lines = [{"key": key, "file": str(file), "reason": reason} for key, file, reason in told]
         write_whole(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
         rows = {name: len(shards[name]) - len(results[name]) for name in shards}
         _write_index(folder, rows)
     except OSError as error:
         raise DataError(f"cannot write shards to {folder}: {error.strerror or error}") from None
-    return Written(rows, len(skipped))
+    return Written(rows, len(skipped), len(lacking))
 
 
 def write_index(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
@@ -182,25 +199,55 @@ def _with_unique_keys(tracks: Sequence[Track]) -> list[Track]:
             repeats[stem] += 1
             key = f"{stem}-{repeats[stem] + 1}"
         taken.add(key)
-        named.append(replace(track, key=key, audio=track.audio.absolute()))
+        file, *further = (file.absolute() for file in track.files)
+        named.append(replace(track, key=key, file=file, further=tuple(further)))
     return named
 
 
-def _check(tracks: list[Track]) -> list[Track]:
-    """The tracks with what is wrong with their files. Threads, because a network file system answers slowly."""
+_Lacking = tuple[str, Path, str | None]
+"""Key of a track, a file that it is written without, and why."""
+
+
+def _check(tracks: list[Track]) -> tuple[list[Track], list[_Lacking]]:
+    """The tracks with the files that can be used, or what is wrong with them; and the files that are left out.
+
+    Threads, because a network file system answers slowly.
+    """
+    checked: list[Track] = []
+    lacking: list[_Lacking] = []
     with ThreadPoolExecutor(16) as pool:
-        problems = pool.map(lambda track: track.problem or _file_problem(track.audio), tracks)
-        return [replace(track, problem=problem) for track, problem in zip(tracks, problems, strict=True)]
+        for track, problems in zip(tracks, pool.map(_file_problems, tracks), strict=True):
+            good = [file for file, problem in zip(track.files, problems, strict=True) if problem is None]
+            if track.problem is not None or not good:
+                checked.append(replace(track, problem=track.problem or problems[0]))
+                continue
+            content = track.content if problems[0] is None else None
+            checked.append(replace(track, file=good[0], further=tuple(good[1:]), content=content))
+            lacking += [(track.key, f, problem) for f, problem in zip(track.files, problems, strict=True) if problem]
+    return checked, lacking
 
 
-def _file_problem(audio: Path) -> str | None:
-    if _extension(audio) not in EXTENSIONS:
-        return f"is no audio file by its extension ({', '.join(EXTENSIONS)})"
+def _file_problems(track: Track) -> list[str | None]:
+    """What is wrong with each file of a track that its reader found nothing wrong with."""
+    problems: list[str | None] = [track.problem] * len(track.files)
+    taken: set[str] = set()
+    for i, file in enumerate(track.files if track.problem is None else ()):
+        problems[i] = _file_problem(file, track.content if i == 0 else None)
+        if problems[i] is None and _extension(file) in taken:
+            problems[i] = f"is a second .{_extension(file)} of its track"
+        elif problems[i] is None:
+            taken.add(_extension(file))
+    return problems
+
+
+def _file_problem(file: Path, content: bytes | None) -> str | None:
+    if _extension(file) not in EXTENSIONS:
+        return f"is neither audio nor notation by its extension ({', '.join(sorted(EXTENSIONS))})"
     try:
-        size = audio.stat().st_size
+        size = file.stat().st_size if content is None else len(content)
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    if not audio.is_file():
+    if content is None and not file.is_file():
         return "is no file"
     if size == 0:
         return "is empty"
@@ -209,8 +256,8 @@ def _file_problem(audio: Path) -> str | None:
     return None
 
 
-def _extension(audio: Path) -> str:
-    return audio.suffix[1:].lower()
+def _extension(file: Path) -> str:
+    return file.suffix[1:].lower()
 
 
 def _plan(tracks: list[Track], shard_rows: int, seed: int) -> dict[str, list[Track]]:
@@ -228,8 +275,8 @@ def _claim(folder: Path, tracks: list[Track], shard_rows: int, seed: int) -> Non
     """Makes the folder this corpus's, or raises DataError where it is another's."""
     digest = hashlib.sha256(f"{shard_rows} {seed}\n".encode())
     for track in tracks:
-        row = [track.key, str(track.audio), track.split]
-        digest.update(json.dumps(row).encode() + _encode_metadata(track) + b"\n")
+        row = [track.key, *map(str, track.files), track.split]
+        digest.update(json.dumps(row).encode() + _encode_metadata(track) + (track.content or b"") + b"\n")
     content = json.dumps({"format": 1, "tracks": len(tracks), "plan": digest.hexdigest()}) + "\n"
     manifest = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +286,7 @@ def _claim(folder: Path, tracks: list[Track], shard_rows: int, seed: int) -> Non
         write_whole(manifest, content)
     elif manifest.read_text(errors="replace") != content:
         raise DataError(
-            f"{folder} holds shards of another corpus: tracks, audio files or options changed since {MANIFEST} was "
+            f"{folder} holds shards of another corpus: tracks, their files or options changed since {MANIFEST} was "
             f"written. Choose another folder, or delete this one to make it anew"
         )
 
@@ -282,11 +329,13 @@ def _write_shard(path: Path, tracks: list[Track]) -> tuple[list[Track], bool]:
         for track in tracks:
             try:
                 # Whole, so that a file that breaks off leaves no half member behind.
-                audio = track.audio.read_bytes()
+                contents = {_extension(file): file.read_bytes() for file in track.files[track.content is not None :]}
             except OSError as error:
                 skipped.append(replace(track, problem=f"cannot be read: {error.strerror or error}"))
                 continue
-            _add_sample(tar, track.key, {_extension(track.audio): audio, "json": _encode_metadata(track)})
+            if track.content is not None:
+                contents[_extension(track.file)] = track.content
+            _add_sample(tar, track.key, contents | {"json": _encode_metadata(track)})
     part.replace(path)
     return skipped, False
 

@@ -8,7 +8,7 @@ import numpy as np
 from muser_dist.data.symbolic.abc import clean_abc
 from muser_dist.data.symbolic.config import SymbolicConfig
 from muser_dist.data.symbolic.members import EXTENSIONS, draw_members, kind_of
-from muser_dist.data.symbolic.midi import hide_programs, midi_to_mtf
+from muser_dist.data.symbolic.midi import clean_mtf, hide_programs, midi_to_mtf
 from muser_dist.data.symbolic.musicxml import musicxml_to_abc
 from muser_dist.data.symbolic.patches import split_abc, split_mtf, to_patches
 from muser_dist.errors import DataError
@@ -83,7 +83,7 @@ def _pieces(extension: str, data: bytes, config: SymbolicConfig, instruments: bo
             f"{len(data):,} bytes of .{extension}, more than {config.max_bytes:,} (data.symbolic.max_bytes)"
         )
     if extension in EXTENSIONS["midi"]:
-        text = midi_to_mtf(data, config.max_events)
+        text = (clean_mtf if extension == "mtf" else midi_to_mtf)(data, config.max_events)
         return split_mtf(text if instruments else hide_programs(text))
     source = data if extension == "abc" else musicxml_to_abc(data, config.max_bytes, config.max_events)
     return split_abc(clean_abc(source, config.headers, instruments))

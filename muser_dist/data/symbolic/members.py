@@ -9,7 +9,7 @@ from muser_dist.errors import DataError
 
 EXTENSIONS: dict[Notation, tuple[str, ...]] = {
     "abc": ("abc", "musicxml", "mxl", "xml"),
-    "midi": ("mid", "midi"),
+    "midi": ("mid", "midi", "mtf"),
 }
 """Extensions of members by what becomes of them; the first that a row has counts."""
 
@@ -34,10 +34,18 @@ def draw_members(extensions: Collection[str], config: SymbolicConfig, seed: int 
     return [found[first], *found[:first], *found[first + 1 :]]
 
 
+def is_notation(name: str) -> bool:
+    """Whether a file holds notation, by the extension of its name."""
+    extension = name.rpartition(".")[2].lower()
+    return any(extension in names for names in EXTENSIONS.values())
+
+
 def kind_of(data: bytes) -> str:
     """The extension of a file of notation by its first bytes: what is no MIDI and no MusicXML is ABC."""
     if data.startswith(b"MThd"):
         return "mid"
+    if data.startswith(b"ticks_per_beat "):
+        return "mtf"
     if data.startswith(b"PK"):
         return "mxl"
     return "musicxml" if data.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").startswith(b"<") else "abc"

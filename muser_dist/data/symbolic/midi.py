@@ -51,6 +51,17 @@ _LONGEST_NUMBER = 4
 """Bytes of a number of variable length; the standard has no longer ones. A negative time looks like one."""
 _LONGEST_TIME = (1 << 7 * _LONGEST_NUMBER) - 1
 
+_TIME = re.compile(r"\d{1,9}", re.ASCII)
+_HEAD = re.compile(r"ticks_per_beat [1-9]\d{0,4}", re.ASCII)
+_MESSAGES = {
+    name: re.compile(rf"{name}(?: -?\d{{1,9}}){{{1 + len(values)}}}", re.ASCII)
+    for name, values in _CHANNEL_VALUES.items()
+} | {
+    name: re.compile(rf"{name}(?: (?:-?\d{{1,9}}(?:\.\d{{1,3}})?|[A-G][#b]?m?)){{{len(values)}}} \d{{1,9}}", re.ASCII)
+    for name, values in (*_META_TYPES.items(), ("end_of_track", ()))
+}
+"""How a line of MTF must look, by its first word."""
+
 _PROGRAM = re.compile(r"^(program_change \d+ \d+) \d+$", re.MULTILINE)
 
 
@@ -252,6 +263,42 @@ def _message(line: str) -> mido.Message | mido.MetaMessage:
 
 def _plain_number(text: str) -> int | float:
     return float(text) if "." in text else int(text)  # frame rates may be 29.97
+
+
+def clean_mtf(data: bytes, max_events: int) -> str:
+    """A file that holds MTF already, as CLaMP's data do: without the messages that `midi_to_mtf` leaves out.
+
+    Args:
+        data: the file.
+        max_events: most messages, those left out included.
+
+    Raises:
+        DataError: its first line is another, a message is broken, there are too many, or no note.
+    """
+    first, *lines = data.decode("ascii", errors="replace").splitlines() or [""]
+    if not _HEAD.fullmatch(first):
+        raise DataError(f"MIDI text: the first line is {first[:40]!r}, not ticks_per_beat and a number")
+    if len(lines) > max_events:
+        raise DataError(f"MIDI text of more than {max_events:,} messages (data.symbolic.max_events)")
+    kept, waited, notes = [first], 0, False
+    for number, line in enumerate(lines, start=2):
+        name, *values = line.split(" ")
+        channel = name in _CHANNEL_VALUES
+        if not channel and name not in _META_TYPES and name != "end_of_track":
+            # Of texts the time comes last; of system exclusive messages it comes first.
+            time = values[0 if name == "sysex" else -1] if values else ""
+            waited += int(time) if _TIME.fullmatch(time) else 0
+            continue
+        if not _MESSAGES[name].fullmatch(line):
+            raise DataError(f"MIDI text: line {number}, {line[:40]!r}, is no message")
+        at = 0 if channel else -1
+        values[at] = str(int(values[at]) + waited)
+        waited = 0
+        kept.append(" ".join([name, *values]))
+        notes = notes or (name == "note_on" and values[-1] != "0")
+    if not notes:
+        raise DataError("MIDI text without notes")
+    return "\n".join([*kept, ""])
 
 
 def hide_programs(mtf: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from muser_dist.cli import parse_runs
 from muser_dist.data.text import check_templates
 from tests.data.corpora.layouts import LAYOUTS
+from tests.data.corpora.score_layouts import SCORES
 
 JOB = Path(__file__).parents[3] / "jobs" / "make_shards.py"
 OPTIONS = {
@@ -19,7 +20,12 @@ OPTIONS = {
     "fma": ["--root", "ROOT"],
     "magnatagatune": ["--root", "ROOT"],
     "jamendo": ["--metadata", "ROOT/data", "--audio", "ROOT/audio", "--split", "None"],
+    "folder": ["--root", "ROOT"],
+    "wikimt": ["--file", "ROOT/wikimusictext.jsonl"],
+    "midicaps": ["--root", "ROOT", "--val-share", "0"],
+    "clamp": ["--file", "ROOT/clamp.jsonl", "--val-share", "0.4"],
 }
+ALL = LAYOUTS | SCORES
 
 
 @pytest.fixture
@@ -35,18 +41,24 @@ def make_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_comes_next_can_be_run(cluster, make_shards, tmp_path: Path, capsys, name: str):
-    LAYOUTS[name].make(tmp_path)
+    ALL[name].make(tmp_path)
     options = [option.replace("ROOT", str(tmp_path)) for option in OPTIONS[name]]
     make_shards(name, "--out", f"{tmp_path}/the shards", "--shard-rows", "4", *options)
     out, err = capsys.readouterr()
     rows = dict(re.findall(r"^(train|val|test): ([\d,]+) tracks, \d+ shards: '", out, re.M))
-    want = {"train": 12} if name == "jamendo" else LAYOUTS[name].rows
+    want = {"train": 12} if name == "jamendo" else ALL[name].rows
     assert {split: int(count) for split, count in rows.items()} == want
-    assert f"skipped: {LAYOUTS[name].skipped:,} tracks; {tmp_path}/the shards/skipped.jsonl says" in out
+    files = ", and 2 files of other tracks" if name == "clamp" else ""
+    assert f"skipped: {ALL[name].skipped:,} tracks{files}; {tmp_path}/the shards/skipped.jsonl says" in out
     assert f"{sum(want.values())} of {sum(want.values())} tracks" in err
     command = shlex.split(out.splitlines()[-1])
+    if name == "wikimt":
+        assert command[1:6] == ["python", "jobs/evaluate.py", "MODEL", "--val", f"{tmp_path}/the shards/test-*.tar"]
+        check_templates(tuple(command[command.index("--templates") + 1 :]))
+        return
     assert command[:3] == ["next:", "python", "jobs/pretrain.py"]
-    (config,) = parse_runs(command[3:], "jobs/pretrain.py")
+    *_, config = parse_runs(command[3:], "jobs/pretrain.py")
+    assert (config.model.symbolic is not None) == (name in SCORES)
     assert config.data.train == (f"{tmp_path}/the shards/train-*.tar",)
     check_templates(config.data.templates)
     if name == "table":

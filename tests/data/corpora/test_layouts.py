@@ -84,7 +84,7 @@ def test_fma(tmp_path):
     make_fma(tmp_path)
     tracks = {track.key: track for track in read_fma(tmp_path, "small")}
     assert len(tracks) == 10
-    assert tracks["000002"].audio == tmp_path / "fma_small" / "000" / "000002.mp3"
+    assert tracks["000002"].file == tmp_path / "fma_small" / "000" / "000002.mp3"
     assert tracks["000002"].metadata == {
         "title": "Food 0",
         "artist": "AWOL",
@@ -103,7 +103,7 @@ def test_fma(tmp_path):
         "large": 11,
         "full": 11,
     }
-    assert read_fma(tmp_path, "full")[0].audio == tmp_path / "fma_full" / "000" / "000002.mp3"
+    assert read_fma(tmp_path, "full")[0].file == tmp_path / "fma_full" / "000" / "000002.mp3"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_magnatagatune(tmp_path):
         "artist": "American Bach Soloists",
     }
     assert tracks["3"].problem == tracks["200"].problem == "has none of the 50 most frequent tags"
-    folders = {track.audio.parent.name: track.split for track in tracks.values()}
+    folders = {track.file.parent.name: track.split for track in tracks.values()}
     assert [folder for folder in "0123456789abcdef" if folders[folder] == "train"] == list("0123456789ab")
     assert folders["c"] == "val" and {folders[folder] for folder in "def"} == {"test"}
     (tmp_path / "clip_info_final.csv").unlink()
@@ -170,8 +170,8 @@ def test_jamendo(tmp_path):
     }
     assert tracks["track_0000951"].metadata["artist"] == "Both"  # the line with a cell too many
     assert tracks["track_0000950"].metadata["mood"] == ["happy"] and "genre" not in tracks["track_0000950"].metadata
-    assert tracks["track_0000948"].audio == tmp_path / "audio" / "48" / "948.mp3"
-    assert tracks["track_0000949"].audio == tmp_path / "audio" / "49" / "949.low.mp3"
+    assert tracks["track_0000948"].file == tmp_path / "audio" / "48" / "948.mp3"
+    assert tracks["track_0000949"].file == tmp_path / "audio" / "49" / "949.low.mp3"
     assert [track.split for track in tracks.values()] == ["train"] * 10 + ["val", "test"]
     (tmp_path / "data" / "raw.meta.tsv").unlink()
     unsplit = read_jamendo(tmp_path / "data", tmp_path / "audio", split=None)

@@ -34,8 +34,8 @@ def write(path: Path, rows=ROWS) -> Path:
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_formats(tmp_path, kind):
     first, second = read_table(write(tmp_path / f"tracks.{kind}"))
-    assert (first.key, first.audio, first.split, first.problem) == ("a", tmp_path / "a.wav", "train", None)
-    assert (second.key, second.audio) == ("b/c", tmp_path / "b" / "c.wav")
+    assert (first.key, first.file, first.split, first.problem) == ("a", tmp_path / "a.wav", "train", None)
+    assert (second.key, second.file) == ("b/c", tmp_path / "b" / "c.wav")
     values = {"title": 'One, "two"', "year": 1990, "tags": ["folk", "live"]}
     assert first.metadata == ({name: str(v) for name, v in values.items()} if kind in ("csv", "tsv") else values)
     assert second.metadata == {}
@@ -100,7 +100,7 @@ def test_a_relative_table_reads_from_its_own_folder(tmp_path, monkeypatch):
     write(tmp_path / "tracks.csv")
     monkeypatch.chdir(tmp_path)
     tracks = read_table(Path("tracks.csv"))
-    assert [track.audio for track in tracks] == [tmp_path / "a.wav", tmp_path / "b" / "c.wav"]
+    assert [track.file for track in tracks] == [tmp_path / "a.wav", tmp_path / "b" / "c.wav"]
     tracks = read_table(write(Path("t.csv"), [{"audio": "../x.wav"}]))
     assert tracks[0].problem is not None
 

@@ -60,8 +60,8 @@ def test_shards_hold_the_files_as_they_are(tracks, tmp_path):
             if f"{key}.json" in files:
                 assert shard.startswith(track.split)
                 assert json.loads(files[f"{key}.json"]) == track.metadata
-                assert files[key + track.audio.suffix] == track.audio.read_bytes()
-                assert soundfile.info(io.BytesIO(files[key + track.audio.suffix])).duration == pytest.approx(1, abs=0.2)
+                assert files[key + track.file.suffix] == track.file.read_bytes()
+                assert soundfile.info(io.BytesIO(files[key + track.file.suffix])).duration == pytest.approx(1, abs=0.2)
     assert sorted(keys(tmp_path / "out")) == [track.key.replace(" ", "_") for track in tracks]
 
 
@@ -101,12 +101,12 @@ def test_tracks_without_a_usable_file_are_listed(tracks, tmp_path):
         Track("text", text, {}),
         Track("folder", (tmp_path / "folder.wav"), {}),
         Track("null", tmp_path / "a\0b.wav", {}),
-        Track("told", tracks[0].audio, {}, problem="because"),
+        Track("told", tracks[0].file, {}, problem="because"),
     ]
     (tmp_path / "folder.wav").mkdir()
     written = write_tracks(tmp_path / "out", [*bad, *tracks], 5)
     assert sum(written.rows.values()) == 13 and written.skipped == 6
-    listed = {line["key"]: (line["audio"], line["reason"]) for line in lines_of(tmp_path / "out" / SKIPPED)}
+    listed = {line["key"]: (line["file"], line["reason"]) for line in lines_of(tmp_path / "out" / SKIPPED)}
     assert {key: reason for key, (_, reason) in listed.items() if key != "text"} == {
         "lost": "cannot be read: No such file or directory",
         "empty": "is empty",
@@ -114,7 +114,7 @@ def test_tracks_without_a_usable_file_are_listed(tracks, tmp_path):
         "null": "cannot be read: embedded null byte",
         "told": "because",
     }
-    assert listed["text"][1].startswith("is no audio file by its extension (flac, wav")
+    assert listed["text"][1].startswith("is neither audio nor notation by its extension (")
     assert listed["lost"][0] == str(tmp_path / "lost.wav")
 
 
@@ -150,7 +150,7 @@ def test_long_keys_still_fit_into_file_names(tracks, tmp_path):
     assert len(set(names)) == 4 and all(len(name.encode()) < 255 and "�" not in name for name in names)
 
 
-@pytest.mark.parametrize("other", ["rows", "seed", "metadata", "fewer", "split", "audio"])
+@pytest.mark.parametrize("other", ["rows", "seed", "metadata", "fewer", "split", "file"])
 def test_another_corpus_in_the_same_folder_is_refused(tracks, tmp_path, other):
     write_tracks(tmp_path, tracks, 4)
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*")}
@@ -162,7 +162,7 @@ def test_another_corpus_in_the_same_folder_is_refused(tracks, tmp_path, other):
     elif other == "fewer":
         changed.pop()
     else:
-        change = {"metadata": {"number": 99}, "split": "test", "audio": tracks[1].audio}[other]
+        change = {"metadata": {"number": 99}, "split": "test", "file": tracks[1].file}[other]
         changed[0] = replace(tracks[0], **{other: change})
     with pytest.raises(DataError, match=r"holds shards of another corpus.*Choose another folder"):
         write_tracks(tmp_path, changed, rows, seed)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muser_dist.data.symbolic.midi import hide_programs, midi_to_mtf, mtf_to_midi
+from muser_dist.data.symbolic.midi import clean_mtf, hide_programs, midi_to_mtf, mtf_to_midi
 from muser_dist.errors import DataError
 from tests.data.symbolic.notation import NOTE, WORDS, melody, midi_bytes, midi_files
 
@@ -200,3 +200,48 @@ def test_the_order_of_tracks_is_kept_whatever_they_hold():
     tracks = [[mido.Message("note_on", note=i, velocity=1, time=rng.randint(0, 1)) for i in range(50)] for _ in "ab"]
     data = midi_bytes(*tracks)
     assert merged(mtf_to_midi(midi_to_mtf(data, MOST))) == merged(data)
+
+
+def as_published(data: bytes) -> bytes:
+    """MIDI text as CLaMP's converter makes it: all of mido's merged messages, words included, a line each."""
+    file = mido.MidiFile(file=io.BytesIO(data))
+    lines = [f"ticks_per_beat {file.ticks_per_beat}"]
+    for message in file.merged_track:
+        line = " ".join(map(str, message.dict().values()))
+        lines.append(line.encode("unicode_escape").decode())
+    return "\n".join(lines).encode()
+
+
+@settings(deadline=None)
+@given(midi_files())
+def test_midi_text_of_others_is_cleaned_to_ours(data):
+    assert clean_mtf(as_published(data), MOST) == midi_to_mtf(data, MOST)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ticks_per_beat 480", "ticks 480", "the first line is 'ticks 480'"),
+        ("note_on 0 0 60 90", "note_on 0 0 60", r"line 4, 'note_on 0 0 60', is no message"),
+        ("note_on 0 0 60 90", "note_on 0 0 60 A Title 90", "is no message"),
+        ("set_tempo 400000 0", "set_tempo The Irish Washerwoman", "line 2, 'set_tempo The"),
+        ("note_on 0 0 60 90", "note_on 0 0 60 9999999999999", "is no message"),
+    ],
+)
+def test_broken_midi_text_names_its_line(old, new, message):
+    text = midi_to_mtf(melody(60, 62), MOST)
+    assert old in text
+    with pytest.raises(DataError, match=message):
+        clean_mtf(text.replace(old, new).encode(), MOST)
+
+
+def test_midi_text_without_notes_or_with_too_many_messages():
+    text = midi_to_mtf(melody(60, 62), MOST)
+    with pytest.raises(DataError, match="without notes"):
+        clean_mtf(text.replace(" 90", " 0").encode(), MOST)
+    with pytest.raises(DataError, match="more than 3 messages"):
+        clean_mtf(text.encode(), 3)
+    for nothing in (b"", b"\xff\xfe", b"ticks_per_beat 480"):
+        with pytest.raises(DataError):
+            clean_mtf(nothing, MOST)
+    assert "Jig" not in clean_mtf(text.replace("set_tempo", "track_name The Jig 7\nset_tempo").encode(), MOST)
