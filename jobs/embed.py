@@ -69,8 +69,7 @@ def job(arguments: list[str]) -> None:
         "--fields and text out",
     )
     require(
-        not options.features
-        or (options.shards and len(options.modalities) == 1 and options.modalities[0] in ("audio", "spectrogram")),
+        not options.features or (bool(options.shards) and options.modalities in ((), ("audio",), ("spectrogram",))),
         "--features are of shards, and of one tower that hears: give --shards, and --modalities audio or spectrogram",
     )
     require(
@@ -109,6 +108,7 @@ def job(arguments: list[str]) -> None:
     require(
         not missing, f"--modalities: the model has no {', '.join(missing)} tower, only {', '.join(muser.modalities)}"
     )
+    require(not options.features or modalities[0] != "symbolic", "--features: the model has no tower that hears")
     data = replace(muser.config.data, storage_options=options.storage_options, cache_folder=options.cache_folder)
     data = replace(data, keep_clips=False)  # each is heard once, and as Muser.encode_audio hears it
     made_by = provenance(["python", "jobs/embed.py", *arguments])
@@ -119,7 +119,7 @@ def job(arguments: list[str]) -> None:
         made, problems = make_features(
             model,
             muser,
-            options.modalities[0],
+            modalities[0],
             index,
             storage,
             options.out.absolute(),
@@ -128,7 +128,7 @@ def job(arguments: list[str]) -> None:
             progress,
         )
         print(f"{index.total:,} rows: {made:,} with features; {problems:,} entries in {options.out}/quarantine.jsonl")
-        width = muser.model.towers[options.modalities[0]].width
+        width = muser.model.towers[modalities[0]].width
         print(
             f"next: python jobs/pretrain.py clamp3_tiny --data.features.size {width} --data.train '{options.out}/*.tar'"
         )

@@ -7,13 +7,15 @@ that memory does not depend on what it holds or claims; nothing is ever unpickle
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from muser_dist.data.config import DataConfig, FeaturesConfig
-from muser_dist.data.rows import Row
 from muser_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from muser_dist.data.rows import Row  # which needs packages that using a model does not
 
 EXTENSION = "npy"
 """Of the member."""
@@ -117,7 +119,7 @@ def features_bytes(data: DataConfig) -> int:
 
 
 def read_features(
-    rows: Sequence[Row | None],
+    rows: "Sequence[Row | None]",
     positions: Sequence[float],
     data: DataConfig,
     report: Callable[[int, str, Exception], None],
