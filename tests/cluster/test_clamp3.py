@@ -84,8 +84,10 @@ ON_GPUS = """
 import sys, ray
 from muser_dist.embed import job
 ray.init("local", num_cpus=3, num_gpus=1, log_to_driver=False)  # no machine of the tests has a GPU
-load = job.load_model
-job.load_model = lambda model, sha256, device: load(model, sha256, "cpu")
+def on_the_cpu(model, sha256, device):
+    from muser_dist import Muser
+    return Muser.from_pretrained(model)
+job.load_model = on_the_cpu
 from jobs.embed import job as run
 run(sys.argv[1:])
 """
