@@ -19,7 +19,8 @@ def page(results: dict[str, Any], name: str) -> str:
         f"**{seeds[0]['simulated']['note']}** Each stage trains on {results['samples']:,} clips in steps of "
         f"{results['global_batch']}, {len(seeds)} seeds; {minutes:.0f} minutes of training and embedding in all, one "
         "thread each. Figures are means over seeds, with the least and the greatest. A user is the mean of the clips "
-        "taken in training; candidates are cold: clips without any interaction before the test period. Counts of the "
+        "taken in training; candidates are cold: clips without any interaction before the test period. *facts* "
+        "are what these listeners like clips for, one-hot and whitened: no model that hears knows more. Counts of the "
         f"log: {of_log}.",
         "## Recommendation of cold clips",
         _recommendation(seeds, "cold"),

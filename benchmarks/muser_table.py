@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from muser_table_page import page
 from muser_table_run import compared, run
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/muser_table.py", words, ("torch", "transformers", "timm", "scikit-learn", "numpy"))
     results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch}
-    results["rows"] = [json.loads((folder_of(options, *job) / "scores.json").read_text()) for job in jobs]
-    results["floor"] = json.loads((folder_of(options, UNTRAINED, 0) / "floor.json").read_text())
+    results["rows"] = [
+        without_classes(json.loads((folder_of(options, *job) / "scores.json").read_text())) for job in jobs
+    ]
+    results["floor"] = without_classes(json.loads((folder_of(options, UNTRAINED, 0) / "floor.json").read_text()))
     results["comparison"] = compared(
         [folder_of(options, "muser", seed), folder_of(options, "muser_audio_text", seed)]
         for seed in range(SEEDS["muser"])
@@ -72,6 +75,17 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.given = list(sys.argv[1:] if argv is None else argv)
     return options
+
+
+def without_classes(scores: Any) -> Any:
+    """Scores without what they say of single classes and of single draws, which nobody reads in a table of runs."""
+    if not isinstance(scores, dict):
+        return scores
+    kept = {name: without_classes(value) for name, value in scores.items() if name not in _OF_CLASSES}
+    return kept | {"points": [without_classes(point) for point in scores["points"]]} if "points" in scores else kept
+
+
+_OF_CLASSES = ("classes", "counts", "confusion", "values")
 
 
 def folder_of(options: argparse.Namespace, recipe: str, seed: int) -> Path:

@@ -156,8 +156,8 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
     # Tasks, and no actors: what an actor had in hand when its node died would wait for a CPU to start the actor on, and
     # all later chunks with it, perhaps for ever. Their need of CPUs keeps Ray from fusing the source with decoding,
     # which would make few tasks of all.
-    tasks_at_once = ray.data.TaskPoolStrategy(size=reader.data.max_decode_slots or None)
-    return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1, compute=tasks_at_once)
+    pool = ray.data.TaskPoolStrategy(size=reader.data.max_decode_slots or None)
+    return TaskNumbers(tasks, slots).dataset().map_batches(read, batch_size=None, num_cpus=1, compute=pool)
 
 
 def to_block(chunk: Chunk) -> "pa.Table":

@@ -45,9 +45,10 @@ def read_folder(root: Path, val_share: float = 0.0) -> list[Track]:
     for name, files in sorted(of_names.items()):
         metadata, problem = _metadata(root / f"{name}.json")
         titled = {"title": os.path.basename(name)} | metadata
-        for book in [file for file in files if len(_tunes(file)) > 1]:
+        tunes = {file: _tunes(file) for file in files}
+        for book in [file for file in files if len(tunes[file]) > 1]:
             files.remove(book)
-            for number, tune in enumerate(_tunes(book), start=1):
+            for number, tune in enumerate(tunes[book], start=1):
                 key = f"{name}-{number:05d}"
                 split = "val" if hash_share(key) < val_share else "train"
                 place = book / f"{number}.abc"  # no file of its own: the name says where it lies

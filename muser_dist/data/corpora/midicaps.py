@@ -28,18 +28,17 @@ FIELDS = (
 )
 
 
-def read_midicaps(root: Path, file: Path | None = None, val_share: float = 0.0) -> list[Track]:
+def read_midicaps(root: Path, val_share: float = 0.0) -> list[Track]:
     """A track for each line; those that are broken, or whose path leaves the root, have a problem.
 
     Args:
-        root: folder that `location` starts from.
-        file: the JSON lines; train.json in the root by default.
+        root: folder with train.json, that `location` starts from.
         val_share: share of what is not for testing that goes to "val", by a hash of the path.
 
     Raises:
         DataError: the file is missing.
     """
-    file = file or root / "train.json"
+    file = root / "train.json"
     return [
         track_of(
             line,
