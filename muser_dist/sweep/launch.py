@@ -20,7 +20,6 @@ from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_sampl
 from muser_dist.sweep.record import Record
 from muser_dist.sweep.results import describe, write_results
 from muser_dist.sweep.search import Trials, left
-from muser_dist.sweep.trial import run_trial
 from muser_dist.train.launch import connect
 
 _TUNE = "tune"
@@ -83,6 +82,9 @@ def _run(planned: Planned, options: SweepConfig, command: list[str]) -> None:
     head = {"node:__internal_head__": 0.001}
 
     def trainable(settings: dict[str, Any]) -> None:
+        # Not above: models take ten seconds to import, and an actor that does so before it begins holds up Ray Tune.
+        from muser_dist.sweep.trial import run_trial
+
         run_trial(settings, options.metric, command)
 
     tune.Tuner(
