@@ -16,12 +16,14 @@ def page(results: dict[str, Any], name: str) -> str:
     minutes = sum(row["seconds"] for row in results["rows"]) / 60
     parts = [
         head("MUSER's recipes on real music", results, name),
-        f"Each run trains on {results['samples']:,} clips in steps of {results['global_batch']}, with towers of a few "
-        "million parameters from random weights, AdamW and one schedule; recipes differ in objective, pairs, targets, "
-        f"picture, augmentation and crops. {minutes:.0f} minutes of training in all, one thread each. Where there are "
-        "several seeds: the mean, and least to greatest. *untrained* is muser before its first step, *floor* a linear "
-        "probe on mean and standard deviation of 128 log-mel bands. Probes see the tower's output, are fitted on the "
-        "training shards and scored on the validation shards, which share no melody with them.",
+        f"Each run trains on {results['samples']:,} clips of PDTunes-Audio in steps of {results['global_batch']}, with "
+        "towers of a few million parameters from random weights, AdamW and one schedule; recipes differ in objective, "
+        "pairs, targets, picture, augmentation and crops. The audio tower is a Transformer over log-mel frames "
+        "(`htcl_audio`) in place of the recipes' own, and half of the facts are left out of texts. "
+        f"{minutes:.0f} minutes of training in all, one thread each. Where there are several seeds: the mean, and "
+        "least to greatest. *untrained* is muser before its first step, *floor* a linear probe on mean and standard "
+        "deviation of 128 log-mel bands. Probes see the tower's output, are fitted on the training shards and "
+        "scored on the validation shards, which share no melody with them.",
         "## Linear probe, accuracy",
         _probes(by_recipe, results["floor"]),
         "## Zero-shot, accuracy",

@@ -94,7 +94,7 @@ def job(arguments: list[str]) -> None:
     from muser_dist.embed.songs import SongReader, Wanted
     from muser_dist.train.preflight import provenance
 
-    model = options.model.absolute()  # actors run in other working directories
+    model = options.model.absolute()  # Ray's processes run in other working directories
     muser = Muser.from_pretrained(model)
     require(
         "features" not in options.modalities,

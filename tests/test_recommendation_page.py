@@ -28,7 +28,7 @@ def test_its_commands_run(tmp_path, monkeypatch, capsys):
             vectors = [None, *rng.normal(size=(59, 4)).astype(np.float32).tolist()]  # one could not be embedded
             columns = {
                 "key": keys[60 * part : 60 * part + 60],
-                "audio_embedding": pa.array(vectors, pa.list_(pa.float32(), 4)),
+                "spectrogram_embedding": pa.array(vectors, pa.list_(pa.float32(), 4)),
             }
             pq.write_table(pa.table(columns), tmp_path / folder / f"part-{part:05d}.parquet")
     monkeypatch.chdir(tmp_path)

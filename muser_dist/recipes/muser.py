@@ -1,7 +1,7 @@
 """MUSER (Chen et al. 2022): music, its spectrogram and texts made of metadata in one space.
 
-Its poster, its Algorithm 1 and its released code disagree (docs/objective.md). `muser_paper` and `muser_code` are those
-two to the letter; `muser` is what we take from it, with modern towers of four sizes.
+Its poster, its Algorithm 1 and its released code disagree (docs/towers.md, objectives/muser.py). `muser_paper` and
+`muser_code` are the latter two to the letter; `muser` is what we take from it, with modern towers of four sizes.
 """
 
 from dataclasses import dataclass, replace
