@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from ray.tune.search import Searcher
 
 from muser_dist.config import RunConfig
@@ -56,13 +57,15 @@ class Optuna:
                 self._distributions[field] = kinds.IntDistribution(int(dimension.low), int(dimension.high))
             else:
                 self._distributions[field] = kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-        # A liar: trials that run count as bad, so that those at the same time differ.
-        sampler = optuna.samplers.TPESampler(seed=base.seed, constant_liar=True)
-        self._study = optuna.create_study(direction="minimize" if lower else "maximize", sampler=sampler)
+        self._study = optuna.create_study(direction="minimize" if lower else "maximize")
         self._asked: dict[int, Any] = {}
 
     def propose(self, number: int) -> Overrides | None:
         """The values of trial `number`, which nobody has asked for before; None when there are no more."""
+        # By the number, or a sweep that goes on would draw what its first trials had. A liar: trials that run count as
+        # bad, so that those at the same time differ.
+        seed = int(np.random.SeedSequence([self._base.seed, number]).generate_state(1)[0])
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         for _ in range(_REFUSED if number < self.count else 0):
             asked = self._study.ask(fixed_distributions=self._distributions)
             overrides = {field: self._value(field, asked.params[field]) for field in self._space}
