@@ -1,5 +1,6 @@
 """Where a sweep's trials come from: what an earlier driver left, then the plan, or Optuna's proposals."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class Plan:
 class Optuna:
     """Proposals of the Tree-structured Parzen Estimator.
 
-    Values of a choice go by their place, for they may be anything; trials that diverged or failed tell it nothing.
+    Values of a choice go by their place, for they may be anything; trials that diverged or failed, or have a score that
+    is not finite, tell it nothing.
     """
 
     def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check, lower: bool) -> None:
@@ -81,7 +83,7 @@ class Optuna:
     def learn(self, trial: Trial) -> None:
         """Takes note of a trial that is over, also of one that an earlier driver asked for."""
         states = self._optuna.trial.TrialState
-        good = trial.state in ("finished", "stopped") and bool(trial.curve)
+        good = trial.state in ("finished", "stopped") and bool(trial.curve) and math.isfinite(trial.curve[-1][1])
         state, value = (states.COMPLETE, trial.curve[-1][1]) if good else (states.FAIL, None)
         if trial.number in self._asked:
             self._study.tell(self._asked.pop(trial.number), value, state=state)

@@ -120,9 +120,11 @@ def test_optuna_proposes_no_config_that_cannot_work_and_goes_on_after_failures(t
         assert overrides is not None and overrides["model.projection_dim"] == 4
         trial = record.add(overrides)
         trial.state = ("diverged", "finished", "failed", "stopped")[number % 4]
-        trial.curve = [(9, 0.5)] if trial.state in ("finished", "stopped") else []
+        trial.curve = [(9, float("nan") if number == 1 else 0.5)] if trial.state in ("finished", "stopped") else []
         source.learn(trial)
     assert source.propose(8) is None
+    for trial in record.trials:
+        optuna_of(tmp_path).learn(trial)  # of an earlier driver
 
 
 def test_asha_remembers_comparisons_of_earlier_drivers(tmp_path):
