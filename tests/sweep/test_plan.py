@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from muser_dist.cli import parse_runs, parse_sweep
-from muser_dist.config import OPERATIONAL, leaves, to_dict
+from muser_dist.config import OPERATIONAL, PairConfig, leaves, to_dict
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.sweep.plan import config_of, dry_run_of, grace_samples, plan, room
 from muser_dist.sweep.record import Trial
@@ -90,9 +90,11 @@ def test_a_trials_config_is_the_base_with_its_values(tmp_path):
 def test_paths_mean_the_same_in_a_trials_actor(tmp_path, monkeypatch):
     base = base_of(tmp_path)
     monkeypatch.chdir(tmp_path)
-    relative = replace(base, data=replace(base.data, train=("data/train-*.tar",)), storage="runs")
-    planned = plan("small", relative, options_of(tmp_path))
+    of_songs = replace(base.objective, pairs=(*base.objective.pairs, PairConfig("audio", "partner")))
+    data = replace(base.data, train=("data/train-*.tar",), pairs="pairs.parquet")
+    planned = plan("small", replace(base, data=data, objective=of_songs, storage="runs"), options_of(tmp_path))
     assert planned.base.data.train == base.data.train and planned.base.storage == base.storage
+    assert planned.base.data.pairs == str(tmp_path / "pairs.parquet")
 
 
 @pytest.mark.parametrize(
