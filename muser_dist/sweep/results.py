@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,8 +146,9 @@ def _write_hparams(trials: list[Trial], metric: str, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier driver's: a trial that had failed may have been finished
     for trial in trials:
-        if not trial.curve or any((folder / trial.name).glob("events.*")):
+        if not trial.curve:
             continue
         values = {
             field: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
