@@ -40,6 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["temperature_x_projection"] = PRESETS["temperature"] | PRESETS["projection"]
 
+_LARGEST = 1e18
+"""Bound of a range's ends: integers below it fit into 64 bits, and nothing of a config is larger."""
+
 _GRID_POINTS = 5
 _TRIES = 100
 """Draws in a row that bring no valid new point, after which there are none."""
@@ -134,8 +137,8 @@ def _dimension(field: str, value: Any) -> Dimension:
     require(
         len(values) == 2
         and all(isinstance(number, numbers) and not isinstance(number, bool) for number in values)
-        and values[0] < values[1],
-        f"space: {field}: {kind} takes two numbers, the smaller one first, not {json.dumps(values)}",
+        and -_LARGEST < values[0] < values[1] < _LARGEST,
+        f"space: {field}: {kind} takes two numbers, the smaller one first, not {json.dumps(values)[:80]}",
     )
     require(kind != "log_uniform" or values[0] > 0, f"space: {field}: log_uniform takes positive numbers")
     if kind == "integers":

@@ -36,6 +36,9 @@ def space_of(tmp_path, values):
         ),
         ({"train.lr": {"uniform": ["a", "b"]}}, "takes two numbers"),
         ({"train.lr": {"log_uniform": [0, 1]}}, "positive"),
+        ({"train.lr": {"uniform": [0, math.inf]}}, r"takes two numbers.*not \[0, Infinity\]"),
+        ({"train.lr": {"log_uniform": [1, 10**400]}}, "takes two numbers"),
+        ({"seed": {"integers": [0, 10**24]}}, "takes two numbers"),
         ({"train.chunk": {"integers": [1.5, 2]}}, "two numbers"),
         ({"train.chunk": {"choice": []}}, "give one of"),
         (
