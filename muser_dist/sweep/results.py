@@ -96,7 +96,10 @@ def table(trials: list[Trial]) -> pa.Table:
 
 
 def command_of(recipe: str, config: RunConfig) -> str:
-    """The command line that trains a config: the recipe with what is different from it."""
+    """The command line that trains a config: the recipe with what is different from it.
+
+    What no option says (a part that the recipe lacks, or has in its place, lists of parts) follows as a comment.
+    """
     given, own = dict(leaves(to_dict(config))), dict(leaves(to_dict(load_recipe(recipe))))
     words, pairs, beyond = ["python", "jobs/pretrain.py", recipe], list[str](), list[str]()
     for name, value in given.items():
@@ -105,7 +108,7 @@ def command_of(recipe: str, config: RunConfig) -> str:
         option, dashed = name.partition(".options.")[2], f"--{name.replace('_', '-')}"
         if name.startswith("objective.options.") and not any(key.startswith("objective.options.") for key in own):
             pairs += [option, _word(value)]  # a dict that the recipe leaves empty is given whole
-        elif option and name not in own:
+        elif name not in own or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
             beyond.append(f"{name} {json.dumps(value)}")
         elif isinstance(value, bool):
             parent, _, last = dashed.rpartition(".")

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ import pytest
 
 from muser_dist.cli import parse_runs, parse_sweep
 from muser_dist.config import OPERATIONAL, PairConfig, leaves, to_dict
+from muser_dist.data.config import SourceConfig
 from muser_dist.errors import ConfigError, MuserError
+from muser_dist.recipes import load_recipe
 from muser_dist.sweep.plan import config_of, dry_run_of, grace_samples, plan, room
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.results import command_of
@@ -158,6 +161,22 @@ def test_the_command_for_the_best_trial_gives_its_config(tmp_path):
     kept = set(dict(leaves(to_dict(config)))) - OPERATIONAL - {"name"}
     ours, theirs = dict(leaves(to_dict(config))), dict(leaves(to_dict(again)))
     assert {name: theirs[name] for name in kept} == {name: ours[name] for name in kept}
+
+
+def test_what_no_option_says_stands_behind_the_command(tmp_path):
+    own = load_recipe(RECIPE)
+    sources = (SourceConfig("one", (f"{tmp_path}/one-*.tar",)),)
+    config = replace(
+        own,
+        data=replace(own.data, sources=sources, crop_seconds=0.25),
+        model=replace(own.model, spectrogram=None),
+        objective=replace(own.objective, pairs=(PairConfig("audio", "text", 2.0),)),
+    )
+    command, _, beyond = command_of(RECIPE, config).partition("  # and, in a recipe of your own: ")
+    (again,) = parse_runs(shlex.split(command)[2:], "jobs/pretrain.py")
+    assert again.data.crop_seconds == 0.25
+    for told in ('data.sources [{"name": "one"', "model.spectrogram null", 'objective.pairs [{"first": "audio"'):
+        assert told in beyond
 
 
 def test_options_of_the_sweep_and_of_its_runs_stand_side_by_side():
