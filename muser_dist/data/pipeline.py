@@ -70,7 +70,7 @@ def training_reader(
     for source, epochs in zip(sources, plan.sources, strict=True):
         if not epochs.length:
             raise DataError(
-                f"data.pairs: no song of the source {source.name} is the trigger of a pair, so that it has no share of a "
+                f"data.pairs: no song of the source {source.name} is the trigger of a pair, so it has no share of a "
                 "batch; leave it out of data.sources, or give pairs of its songs too"
             )
     # Partners are anywhere, but open files have a limit.

@@ -236,7 +236,7 @@ def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> P
     count = math.prod(len(dimension.points()) for dimension in space.values())
     require(
         count <= _GRID_MOST,
-        f"space: the grid has {count:,} points, of which each would be a run; leave fields out, or give --search random",
+        f"space: the grid has {count:,} points, of which each is a run; leave fields out, or give --search random",
     )
     combinations = list(product(*(dimension.points() for dimension in space.values())))
     named_ones = (dict(zip(space, values, strict=True)) for values in combinations)
