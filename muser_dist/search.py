@@ -141,15 +141,18 @@ class Index:
         liked = set(history)
         require(len(liked) > 0, "history is empty; name at least one key")
         known: dict[str, np.ndarray] = {}
+        rows = 0  # several may have a key
         for keys, _, embeddings in self._blocks(modality) if modality in self.modalities else ():
-            known |= {key: embeddings[i] for i, key in enumerate(keys) if key in liked}
+            mine = [i for i, key in enumerate(keys) if key in liked]
+            known |= {keys[i]: embeddings[i] for i in mine}
+            rows += len(mine)
         if missing := sorted(liked - known.keys()):
             raise DataError(
                 f"{self._parts.folder} has no {modality} embedding of {', '.join(missing[:3])}"
                 f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''}; keys are those of its column `key`"
             )
         mean = unit_rows(np.stack([known[key] for key in sorted(known)]), "embeddings").mean(axis=0)
-        (hits,) = self.search(mean[None], k + len(liked), modality)
+        (hits,) = self.search(mean[None], k + rows, modality)
         return [hit for hit in hits if hit.key not in liked][:k]
 
     def _blocks(self, modality: Modality) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:

@@ -127,3 +127,9 @@ def test_a_listener_is_the_mean_of_what_they_liked(tmp_path):
         index.recommend(["a", "x", "f"], 2)
     with pytest.raises(ConfigError, match="history is empty"):
         index.recommend([], 2)
+
+
+def test_rows_that_share_a_liked_key_leave_room_for_others(tmp_path):
+    vectors = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    write_index(tmp_path, [*"aaabc"], vectors)
+    assert [hit.key for hit in Index.open(tmp_path).recommend(["a"], 2)] == ["b", "c"]

@@ -53,6 +53,7 @@ def training_reader(
 
     Raises:
         ConfigError: a source's share of a global batch is less than a row.
+        DataError: no song of a source has a partner.
     """
     data = config.data
     sources = data.training_sources()
@@ -66,6 +67,12 @@ def training_reader(
         share=data.train_share,
         partners=partners,
     )
+    for source, epochs in zip(sources, plan.sources, strict=True):
+        if not epochs.length:
+            raise DataError(
+                f"data.pairs: no song of the source {source.name} is the trigger of a pair, so it has no share of a "
+                "batch; leave it out of data.sources, or give pairs of its songs too"
+            )
     # Partners are anywhere, but open files have a limit.
     kept = _MOST_OPEN if partners is not None else 2 * data.window_shards * len(sources)
     return ChunkReader(

@@ -62,7 +62,7 @@ class Epochs:
 
     Attributes:
         total: rows in all shards.
-        length: rows in an epoch; at least 1.
+        length: rows in an epoch; 0 where none has a partner.
     """
 
     def __init__(

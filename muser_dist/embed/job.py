@@ -27,6 +27,7 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.data.decoder_child import keep_freed_memory
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.pipeline import to_block
+from muser_dist.data.rewriting import alone_in
 from muser_dist.data.session import DEATHS, connected, error_of_user
 from muser_dist.embed.parts import Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
@@ -50,7 +51,7 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
 
     Raises:
         ClusterError: no cluster answers, or it has no GPU or CPU.
-        DataError: the model that a node sees is another one.
+        DataError: the model that a node sees is another one, or another job works in the folder.
     """
     manifest = parts.manifest
     missing = parts.missing()
@@ -64,7 +65,7 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
         for first in range(begin, end, TASK_ROWS)
     ]
     collector = Collector(parts, songs.wanted)
-    with connected():
+    with alone_in(parts.folder), connected():
         encoder = Encoder(str(model), manifest.model, songs.wanted, "cuda" if gpu else "cpu")
         while ranges:
             cpus, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))

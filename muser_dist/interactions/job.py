@@ -1,6 +1,7 @@
 """Mines on Ray: the tasks of one phase after the other, on whatever machines there are."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,9 @@ from muser_dist.data.session import DEATHS, connected, error_of_user
 from muser_dist.errors import ClusterError
 from muser_dist.interactions.phases import PHASES, Phase, Phases
 
+SHOWN_SECONDS = 60.0
+"""After which a network file system shows what other nodes have written, where it keeps a list of a folder's files."""
+
 
 def run_phases(phases: Phases, progress: Callable[[Phase], Callable[[int, int], None]]) -> None:
     """Does the tasks that are missing, a phase after the other. What dies with a node is done again.
@@ -23,7 +27,8 @@ def run_phases(phases: Phases, progress: Callable[[Phase], Callable[[int, int], 
         progress: for a phase, what is called with (tasks done, tasks).
 
     Raises:
-        ClusterError: no cluster answers, it has no CPU, or a task fails again and again.
+        ClusterError: no cluster answers, it has no CPU, its nodes do not see the folder, or a task fails again and
+            again.
         DataError: of a file of the log.
     """
     with connected():
@@ -43,7 +48,15 @@ def run_phases(phases: Phases, progress: Callable[[Phase], Callable[[int, int], 
                         raise cause from None
                     if not isinstance(error, DEATHS) or len(phases.missing(phase)) == len(missing):
                         raise ClusterError(f"mining ended: {str(error).strip().splitlines()[-1]}") from error
-                missing = phases.missing(phase)
+                waited = time.monotonic() + SHOWN_SECONDS
+                while len(left := phases.missing(phase)) == len(missing) and time.monotonic() < waited:
+                    time.sleep(1.0)
+                if len(left) == len(missing):
+                    raise ClusterError(
+                        f"mining ended: {len(left)} tasks of {phase!r} are done, and nothing of them lies in "
+                        f"{phases.folder}; every node must see that folder"
+                    )
+                missing = left
 
 
 def _results(phases: Phases, phase: Phase, numbers: list[int], slots: int) -> Iterator[None]:

@@ -74,7 +74,7 @@ def seconds(when: str, option: str) -> int | None:
     """
     if not when:
         return None
-    if when.lstrip("-").isdecimal():
+    if when.removeprefix("-").isdecimal():
         return int(when)
     try:
         moment = datetime.fromisoformat(when)

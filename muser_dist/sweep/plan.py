@@ -136,6 +136,7 @@ def _absolute(base: RunConfig) -> RunConfig:
         train=tuple(map(of, base.data.train)),
         val=tuple(map(of, base.data.val)),
         sources=tuple(replace(source, shards=tuple(map(of, source.shards))) for source in base.data.sources),
+        pairs=of(base.data.pairs),
         storage_options=of(base.data.storage_options),
         cache_folder=of(base.data.cache_folder),
         tokenizer=of(base.data.tokenizer) if Path(base.data.tokenizer).exists() else base.data.tokenizer,

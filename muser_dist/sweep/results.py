@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,7 +96,10 @@ def table(trials: list[Trial]) -> pa.Table:
 
 
 def command_of(recipe: str, config: RunConfig) -> str:
-    """The command line that trains a config: the recipe with what is different from it."""
+    """The command line that trains a config: the recipe with what is different from it.
+
+    What no option says (a part that the recipe lacks, or has in its place, lists of parts) follows as a comment.
+    """
     given, own = dict(leaves(to_dict(config))), dict(leaves(to_dict(load_recipe(recipe))))
     words, pairs, beyond = ["python", "jobs/pretrain.py", recipe], list[str](), list[str]()
     for name, value in given.items():
@@ -104,7 +108,7 @@ def command_of(recipe: str, config: RunConfig) -> str:
         option, dashed = name.partition(".options.")[2], f"--{name.replace('_', '-')}"
         if name.startswith("objective.options.") and not any(key.startswith("objective.options.") for key in own):
             pairs += [option, _word(value)]  # a dict that the recipe leaves empty is given whole
-        elif option and name not in own:
+        elif name not in own or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
             beyond.append(f"{name} {json.dumps(value)}")
         elif isinstance(value, bool):
             parent, _, last = dashed.rpartition(".")
@@ -145,8 +149,9 @@ def _write_hparams(trials: list[Trial], metric: str, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier driver's: a trial that had failed may have been finished
     for trial in trials:
-        if not trial.curve or any((folder / trial.name).glob("events.*")):
+        if not trial.curve:
             continue
         values = {
             field: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)

@@ -1,8 +1,10 @@
 """Where a sweep's trials come from: what an earlier driver left, then the plan, or Optuna's proposals."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from ray.tune.search import Searcher
 
 from muser_dist.config import RunConfig
@@ -34,7 +36,8 @@ class Plan:
 class Optuna:
     """Proposals of the Tree-structured Parzen Estimator.
 
-    Values of a choice go by their place, for they may be anything; trials that diverged or failed tell it nothing.
+    Values of a choice go by their place, for they may be anything; trials that diverged or failed, or have a score that
+    is not finite, tell it nothing.
     """
 
     def __init__(self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check, lower: bool) -> None:
@@ -56,13 +59,15 @@ class Optuna:
                 self._distributions[field] = kinds.IntDistribution(int(dimension.low), int(dimension.high))
             else:
                 self._distributions[field] = kinds.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-        # A liar: trials that run count as bad, so that those at the same time differ.
-        sampler = optuna.samplers.TPESampler(seed=base.seed, constant_liar=True)
-        self._study = optuna.create_study(direction="minimize" if lower else "maximize", sampler=sampler)
+        self._study = optuna.create_study(direction="minimize" if lower else "maximize")
         self._asked: dict[int, Any] = {}
 
     def propose(self, number: int) -> Overrides | None:
         """The values of trial `number`, which nobody has asked for before; None when there are no more."""
+        # By the number, or a sweep that goes on would draw what its first trials had. A liar: trials that run count as
+        # bad, so that those at the same time differ.
+        seed = int(np.random.SeedSequence([self._base.seed, number]).generate_state(1)[0])
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         for _ in range(_REFUSED if number < self.count else 0):
             asked = self._study.ask(fixed_distributions=self._distributions)
             overrides = {field: self._value(field, asked.params[field]) for field in self._space}
@@ -78,7 +83,7 @@ class Optuna:
     def learn(self, trial: Trial) -> None:
         """Takes note of a trial that is over, also of one that an earlier driver asked for."""
         states = self._optuna.trial.TrialState
-        good = trial.state in ("finished", "stopped") and bool(trial.curve)
+        good = trial.state in ("finished", "stopped") and bool(trial.curve) and math.isfinite(trial.curve[-1][1])
         state, value = (states.COMPLETE, trial.curve[-1][1]) if good else (states.FAIL, None)
         if trial.number in self._asked:
             self._study.tell(self._asked.pop(trial.number), value, state=state)

@@ -40,7 +40,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["temperature_x_projection"] = PRESETS["temperature"] | PRESETS["projection"]
 
+_LARGEST = 1e18
+"""Bound of a range's ends: integers below it fit into 64 bits, and nothing of a config is larger."""
+
 _GRID_POINTS = 5
+_GRID_MOST = 10_000
+"""All combinations are made and checked before anything starts."""
+
 _TRIES = 100
 """Draws in a row that bring no valid new point, after which there are none."""
 
@@ -134,8 +140,8 @@ def _dimension(field: str, value: Any) -> Dimension:
     require(
         len(values) == 2
         and all(isinstance(number, numbers) and not isinstance(number, bool) for number in values)
-        and values[0] < values[1],
-        f"space: {field}: {kind} takes two numbers, the smaller one first, not {json.dumps(values)}",
+        and -_LARGEST < values[0] < values[1] < _LARGEST,
+        f"space: {field}: {kind} takes two numbers, the smaller one first, not {json.dumps(values)[:80]}",
     )
     require(kind != "log_uniform" or values[0] > 0, f"space: {field}: log_uniform takes positive numbers")
     if kind == "integers":
@@ -224,8 +230,14 @@ def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> P
     """All combinations.
 
     Raises:
-        ConfigError: none makes a valid config, or none with some value; the message is that of the first.
+        ConfigError: none makes a valid config, or none with some value; the message is that of the first. Or there are
+            too many to be tried.
     """
+    count = math.prod(len(dimension.points()) for dimension in space.values())
+    require(
+        count <= _GRID_MOST,
+        f"space: the grid has {count:,} points, of which each is a run; leave fields out, or give --search random",
+    )
     combinations = list(product(*(dimension.points() for dimension in space.values())))
     named_ones = (dict(zip(space, values, strict=True)) for values in combinations)
     points = _valid(named_ones, base, check, len(combinations), len(combinations))

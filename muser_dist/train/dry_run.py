@@ -42,7 +42,7 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     train, slots, gib = config.train, config.data.decode_slots, 1 << 30
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
     started = [f"Starts from the model of {after.folder}"] if after else map(str, report_weights(config))
-    lines = [describe_plan(config, indices, parameters), *started, ""]
+    lines = [describe_plan(config, indices, reader.plan, parameters), *started, ""]
     for workers in dict.fromkeys((least, most)):
         weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
         held = weights + gradients + moments

@@ -143,7 +143,7 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     check_rows(config, indices)
     config = load_label_values(config, indices, storage)
     reader = training_reader(config, indices, storage, known, load_partners(config, indices, storage))
-    print(f"Run {config.folder}: {describe_plan(config, indices, parameters)}", flush=True)
+    print(f"Run {config.folder}: {describe_plan(config, indices, reader.plan, parameters)}", flush=True)
 
     if (config.folder / MODEL / "config.json").exists():
         print("Already trained; nothing is trained again.", flush=True)

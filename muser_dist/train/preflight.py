@@ -17,6 +17,7 @@ from muser_dist.config import RunConfig, differences, from_dict, to_dict
 from muser_dist.data.config import SourceConfig
 from muser_dist.data.labels import find_label_values, with_stand_ins
 from muser_dist.data.partners import Found, Partners, find_partners
+from muser_dist.data.plan import Plan
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.spectrogram import in_tasks
 from muser_dist.data.storage import Storage, redact
@@ -340,11 +341,12 @@ def check_rows(config: RunConfig, indices: list[ShardIndex]) -> None:
         )
 
 
-def describe_plan(config: RunConfig, indices: list[ShardIndex], parameters: int) -> str:
-    """One line: what will be trained on what."""
+def describe_plan(config: RunConfig, indices: list[ShardIndex], plan: Plan, parameters: int) -> str:
+    """One line: what will be trained on what. In a pass over pairs each song that has a partner comes once with one."""
     t, total = config.train, sum(index.total for index in indices) * config.data.train_share
+    passes = t.steps * plan.batch / sum(source.length for source in plan.sources)
     return (
         f"{parameters / 1e6:.1f} M parameters, {total:,.0f} rows in {sum(map(len, indices))} shards, "
-        f"{t.steps:,} steps of {t.global_batch} rows ({t.steps * t.global_batch / total:.1f} passes), "
+        f"{t.steps:,} steps of {t.global_batch} rows ({passes:.1f} passes), "
         f"{t.workers} workers, ZeRO {t.zero_stage}, {t.precision}"
     )

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from jobs.mine_pairs import job
-from muser_dist.errors import DataError
+from muser_dist.errors import ClusterError, DataError
 from muser_dist.interactions import readers
 from muser_dist.interactions.job import run_phases
 from muser_dist.interactions.log import LAYOUTS
+from muser_dist.interactions.phases import Phase, Phases
 from muser_dist.interactions.split import SplitConfig
 from tests.interactions.cases import pairs_of, phases_of, run
 
@@ -64,3 +65,19 @@ def test_what_was_made_stays_and_what_is_wrong_is_told(cluster, logs, tmp_path):
     phases.finish({})
     run(phases_of(logs, tmp_path / "here", LAYOUTS["events"]))
     assert result(tmp_path / "out") == result(tmp_path / "here")
+
+
+def test_nodes_that_write_elsewhere_do_not_keep_it_for_ever(cluster, logs, tmp_path, monkeypatch):
+    monkeypatch.setattr("muser_dist.interactions.job.SHOWN_SECONDS", 1.0)
+
+    class Elsewhere(Phases):
+        """As on a node whose folder of that name is its own."""
+
+        def run(self, phase: Phase, i: int) -> None:
+            pass
+
+    here = phases_of(logs, tmp_path / "out", LAYOUTS["events"])
+    phases = Elsewhere(here.job, here.storage, here.folder)
+    phases.claim({})
+    with pytest.raises(ClusterError, match=r"4 tasks of 'read' are done.*every node must see that folder"):
+        run_phases(phases, lambda phase: lambda done, total: None)

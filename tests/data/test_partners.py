@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muser_dist.config import ObjectiveConfig, PairConfig
+from muser_dist.data.config import SourceConfig
 from muser_dist.data.partners import Found, Partners, find_partners
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.plan import Plan
+from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.train.preflight import check_settings
 from tests.shardmaker import sample, write_shard, write_shards
@@ -138,6 +140,19 @@ def test_chunks_hold_a_song_beside_its_partner_with_flags_of_the_other(tmp_path)
             assert chunk["valid_fused"][i : i + 2].tolist() == [partner not in (1, 2), song not in (1, 2)]
             assert chunk["liked"][i].tolist() == [partner, -1]
     assert seen == set(range(6))
+
+
+def test_a_source_without_pairs_is_named(tmp_path):
+    sources = [SourceConfig(name, (write_shards(tmp_path / name, [4]),)) for name in ("heard", "unheard")]
+    write_shard(tmp_path / "unheard" / "train-00000.tar", [(f"other{i}", sample(i)) for i in range(4)])
+    path = write_pairs(tmp_path / "pairs.parquet", [("piece00000", "piece00001", 1.0), ("piece00001", "other1", 1.0)])
+    config = small_config(
+        data={"sources": sources, "pairs": str(path)}, objective=ObjectiveConfig(pairs=SONGS), model=MODEL
+    )
+    indices = [index_of(source.shards[0]) for source in sources]
+    find_partners(str(path), ShardIndex.join(indices), LOCAL, tmp_path / "partners", silent)
+    with pytest.raises(DataError, match=r"data\.pairs: no song of the source unheard is the trigger of a pair"):
+        training_reader(config, indices, LOCAL, partners=Partners(tmp_path / "partners"))
 
 
 def test_what_pairs_need_is_said_before_anything_starts():

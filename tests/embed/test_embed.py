@@ -10,7 +10,9 @@ import pytest
 from muser_dist import Muser
 from muser_dist.data.decoder import decoder
 from muser_dist.data.pipeline import evaluation_chunks
+from muser_dist.data.rewriting import alone_in
 from muser_dist.data.rows import FileReader, RowReader, index_files
+from muser_dist.embed import job
 from muser_dist.embed.job import Collector
 from muser_dist.embed.parts import Manifest, Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
@@ -98,6 +100,12 @@ def test_every_row_is_embedded_or_named(muser, shards, tmp_path):
         np.testing.assert_allclose(row["text_embedding"], muser.encode_text([row["text"]])[0], atol=1e-5)
         assert row["instrument"] == json.loads(sample(i)["json"])["instrument"]
         assert row["windows"] == (1, 1, 2, 3)[i % 4]
+
+
+def test_two_jobs_do_not_write_the_same_parts(muser, shards, tmp_path):
+    songs, parts = parts_of(muser, RowReader(index_of(shards), LOCAL), tmp_path)
+    with alone_in(tmp_path), pytest.raises(DataError, match="another job works in"):
+        job.embed(tmp_path / "model", songs, parts, gpu=False, progress=lambda done, of: None)
 
 
 def test_a_clip_is_found_first_by_its_own_sound(muser, shards, tmp_path):

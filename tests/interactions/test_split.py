@@ -98,6 +98,7 @@ def test_moments(when, level):
         ({"val_users": 0.5, "test_users": 0.5}, "some must be left"),
         ({"val_items": -0.1}, r"split\.val_items is -0\.1"),
         ({"val_from": "yesterday"}, "'yesterday' is neither a date"),
+        ({"val_from": "--5"}, "'--5' is neither a date"),
         ({"val_from": "2001-01-01", "test_from": "2000-01-01"}, r"must be before split\.test_from"),
         ({"seed": -1}, "must not be negative"),
     ],

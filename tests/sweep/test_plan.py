@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from muser_dist.cli import parse_runs, parse_sweep
-from muser_dist.config import OPERATIONAL, leaves, to_dict
+from muser_dist.config import OPERATIONAL, PairConfig, leaves, to_dict
+from muser_dist.data.config import SourceConfig
 from muser_dist.errors import ConfigError, MuserError
+from muser_dist.recipes import load_recipe
 from muser_dist.sweep.plan import config_of, dry_run_of, grace_samples, plan, room
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.results import command_of
@@ -90,9 +93,11 @@ def test_a_trials_config_is_the_base_with_its_values(tmp_path):
 def test_paths_mean_the_same_in_a_trials_actor(tmp_path, monkeypatch):
     base = base_of(tmp_path)
     monkeypatch.chdir(tmp_path)
-    relative = replace(base, data=replace(base.data, train=("data/train-*.tar",)), storage="runs")
-    planned = plan("small", relative, options_of(tmp_path))
+    of_songs = replace(base.objective, pairs=(*base.objective.pairs, PairConfig("audio", "partner")))
+    data = replace(base.data, train=("data/train-*.tar",), pairs="pairs.parquet")
+    planned = plan("small", replace(base, data=data, objective=of_songs, storage="runs"), options_of(tmp_path))
     assert planned.base.data.train == base.data.train and planned.base.storage == base.storage
+    assert planned.base.data.pairs == str(tmp_path / "pairs.parquet")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,22 @@ def test_the_command_for_the_best_trial_gives_its_config(tmp_path):
     kept = set(dict(leaves(to_dict(config)))) - OPERATIONAL - {"name"}
     ours, theirs = dict(leaves(to_dict(config))), dict(leaves(to_dict(again)))
     assert {name: theirs[name] for name in kept} == {name: ours[name] for name in kept}
+
+
+def test_what_no_option_says_stands_behind_the_command(tmp_path):
+    own = load_recipe(RECIPE)
+    sources = (SourceConfig("one", (f"{tmp_path}/one-*.tar",)),)
+    config = replace(
+        own,
+        data=replace(own.data, sources=sources, crop_seconds=0.25),
+        model=replace(own.model, spectrogram=None),
+        objective=replace(own.objective, pairs=(PairConfig("audio", "text", 2.0),)),
+    )
+    command, _, beyond = command_of(RECIPE, config).partition("  # and, in a recipe of your own: ")
+    (again,) = parse_runs(shlex.split(command)[2:], "jobs/pretrain.py")
+    assert again.data.crop_seconds == 0.25
+    for told in ('data.sources [{"name": "one"', "model.spectrogram null", 'objective.pairs [{"first": "audio"'):
+        assert told in beyond
 
 
 def test_options_of_the_sweep_and_of_its_runs_stand_side_by_side():

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from muser_dist.sweep.charts import by_leading_dims, by_value, place
 from muser_dist.sweep.plan import config_of, plan
@@ -54,6 +55,20 @@ def test_the_tables_hold_values_and_scores(planned, tmp_path):
         assert row["val_MRR"] == (trial.scores.get("val_MRR"))
     with_scores = {trial.name for trial in planned.record.trials if trial.curve}
     assert {path.parent.name for path in (planned.record.folder / HPARAMS).glob("*/events.*")} == with_scores
+
+
+def test_hparams_are_those_of_the_last_driver(planned, tmp_path):
+    def score(trial: Trial) -> float:
+        (events,) = (planned.record.folder / HPARAMS / trial.name).glob("events.*")
+        read = EventAccumulator(str(events))
+        read.Reload()
+        return read.Scalars("val_MRR")[-1].value
+
+    again = planned.record.trials[6]  # ran when the first driver died
+    for value in (0.25, 0.75):
+        again.curve = [*again.curve, (144, value)]
+        write_results(RECIPE, planned, options_of(tmp_path), [])
+        assert score(again) == value
 
 
 def test_values_of_several_types_share_a_column():

@@ -36,6 +36,9 @@ def space_of(tmp_path, values):
         ),
         ({"train.lr": {"uniform": ["a", "b"]}}, "takes two numbers"),
         ({"train.lr": {"log_uniform": [0, 1]}}, "positive"),
+        ({"train.lr": {"uniform": [0, math.inf]}}, r"takes two numbers.*not \[0, Infinity\]"),
+        ({"train.lr": {"log_uniform": [1, 10**400]}}, "takes two numbers"),
+        ({"seed": {"integers": [0, 10**24]}}, "takes two numbers"),
         ({"train.chunk": {"integers": [1.5, 2]}}, "two numbers"),
         ({"train.chunk": {"choice": []}}, "give one of"),
         (
@@ -151,3 +154,9 @@ def test_a_grid_takes_five_points_of_a_range():
     points = grid(space, BASE).found
     assert len(points) == 5 * 3
     assert [p["train.lr"] for p in points[::3]] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_a_grid_that_nobody_could_try_is_refused():
+    space = {f"model.audio.options.{name}": Range(0.0, 1.0) for name in "abcdef"}
+    with pytest.raises(ConfigError, match=r"space: the grid has 15,625 points.*--search random"):
+        grid(space, BASE)

@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from muser_dist.config import PairConfig
 from muser_dist.errors import DataError
 from muser_dist.train.dry_run import dry_run, state_bytes
 from tests.shardmaker import write_shards
@@ -26,6 +29,22 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "runs").exists()
     with pytest.raises(DataError, match="fewer than one global batch"):
         dry_run(replace(config, train=replace(config.train, global_batch=64, samples=64)))
+
+
+def test_a_pass_over_pairs_is_as_long_as_there_are_songs_with_a_partner(tmp_path):
+    pattern = write_shards(tmp_path / "data", [12, 12])
+    names = [f"piece{i:05d}" for i in range(5)]
+    pairs = {"trigger": names[:4], "item": names[1:], "weight": [1.0] * 4}
+    pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
+    small = small_config()
+    config = small_config(
+        data={"train": (pattern,), "pairs": str(tmp_path / "pairs.parquet")},
+        train={"samples": 48},
+        objective=replace(small.objective, pairs=(*small.objective.pairs, PairConfig("audio", "partner"))),
+        storage=str(tmp_path / "runs"),
+        name="x",
+    )
+    assert "24 rows in 2 shards, 6 steps of 8 rows (6.0 passes)" in dry_run(config)  # of 4 pairs each
 
 
 @pytest.mark.parametrize(
