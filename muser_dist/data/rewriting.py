@@ -8,6 +8,7 @@ import logging
 import os
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def check_names(index: ShardIndex, folder: Path) -> None:
     """Raises ConfigError where new shards in a folder would overwrite each other or their sources."""
-    names = [Path(url).name for url in index.urls]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter(Path(url).name for url in index.urls)
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise ConfigError(f"--shards: two shards are called {twice}, and so would the new ones; take them apart")
     if any(Path(url).parent == folder for url in index.urls):
         raise ConfigError(f"--out {folder} is where the shards lie, which would be overwritten; give another folder")
