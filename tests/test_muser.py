@@ -73,6 +73,9 @@ def test_batches_do_not_change_embeddings_and_nothing_gives_nothing(muser):
 def test_wrong_clips_say_which_and_why(muser, tmp_path):
     with pytest.raises(DataError, match=r"absent\.mp3: there is no such file"):
         muser.encode_audio([tmp_path / "absent.mp3"])
+    for windows in ("all", "middle"):
+        with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Is a directory"):
+            muser.encode_audio([tmp_path], windows=windows)
     (tmp_path / "broken.mp3").write_bytes(b"nothing to hear")
     with pytest.raises(DataError, match=r"broken\.mp3: cannot be decoded"):
         muser.encode_audio([tmp_path / "broken.mp3"])
