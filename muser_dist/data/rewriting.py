@@ -24,13 +24,25 @@ from muser_dist.errors import ClusterError, ConfigError, DataError
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other jobs out of a folder; raises DataError where one is in it."""
+def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
+    """Keeps other jobs out of a folder, which is made when missing. The system lets them in when the process is gone.
+
+    Args:
+        folder: of the job.
+        option: that names it, for errors.
+
+    Raises:
+        ConfigError: it cannot be written.
+        DataError: another job works in it.
+    """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise DataError(f"another job works in {folder}; wait for it, or end it") from None
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write to {folder} ({error.strerror}); give another") from None
     try:
         yield
     finally:

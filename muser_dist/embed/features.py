@@ -84,14 +84,13 @@ class Record:
     content: str = ""
 
 
-def claim(folder: Path, source: Source, index: ShardIndex, made_by: dict[str, Any]) -> None:
+def claim(folder: Path, source: Source, made_by: dict[str, Any]) -> None:
     """Makes a folder this job's.
 
     Raises:
-        ConfigError: it cannot be written, or the new shards would overwrite others.
+        ConfigError: it cannot be written.
         DataError: it is another job's.
     """
-    check_names(index, folder)
     path = folder / MANIFEST
     mine = asdict(source)
     try:
@@ -239,13 +238,13 @@ def make_features(
 
     Raises:
         ClusterError: no cluster answers, its nodes die, or it has no GPU.
-        ConfigError, DataError: as `claim` and `write_features`.
+        ConfigError: the folder cannot be written, or the new shards would overwrite others.
+        DataError: it is another job's, or one works in it; or as `write_features`.
     """
     from muser_dist.data.session import connected  # importing Ray takes seconds
     from muser_dist.embed.job import load_model
 
     source = Source.of(muser, modality, index)
-    claim(folder, source, index, made_by)
     device, total, place = "cuda" if gpu else "cpu", index.total, str(model)
 
     def work(shard: int) -> Iterator[str]:
@@ -263,12 +262,15 @@ def make_features(
         yield json.dumps([shard, asdict(record)])
 
     records: dict[int, Record] = {}
-    with alone_in(folder), connected():
-        progress(0, total)
-        for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):
-            shard, record = json.loads(made)
-            records[shard] = TypeAdapter(Record).validate_python(record)
-            progress(sum(int(index.rows[done]) for done in records), total)
+    check_names(index, folder)  # else the lock would lie among the shards
+    with alone_in(folder):
+        claim(folder, source, made_by)
+        with connected():
+            progress(0, total)
+            for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):
+                shard, record = json.loads(made)
+                records[shard] = TypeAdapter(Record).validate_python(record)
+                progress(sum(int(index.rows[done]) for done in records), total)
         assert sorted(records) == list(range(len(index))), "a shard is missing"
         problems = [problem for shard in sorted(records) for problem in records[shard].problems]
         write_whole(folder / QUARANTINE, "".join(json.dumps(problem) + "\n" for problem in problems))
