@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 FORMAT = 3
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
+# Of data, what decides how an input is read. Not the tokenizer, by whose path none is known: its vocabulary is as large as
+# the weights of embeddings that it needs.
+_READ = ("sample_rate", "crop_seconds", "pad", "symbolic", "features", "vocabulary", "max_tokens", "label_values")
+
 # Windows that a tower gets at a time, and not a training chunk's hundreds: a laptop must hold what they need.
 _MOST_WINDOWS = 32
 
@@ -201,9 +205,15 @@ class Muser:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the model.safetensors that holds these weights: which model this is."""
+        """SHA-256 of the weights, as safetensors, and of the config that decides what they make of an input.
+
+        Which model this is: layers that are averaged, or embeddings that are compared as they are, have no weights.
+        """
         weights = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        return hashlib.sha256(save(weights)).hexdigest()
+        config = to_dict(self.config)
+        read = {name: config["data"][name] for name in _READ}
+        computing = json.dumps([config["model"], config["objective"], read], sort_keys=True)
+        return hashlib.sha256(save(weights) + computing.encode()).hexdigest()
 
     def encode_audio(
         self,

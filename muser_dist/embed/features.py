@@ -40,7 +40,7 @@ class Source:
     """Whose features they are.
 
     Attributes:
-        model: SHA-256 of its model.safetensors.
+        model: its `Muser.sha256`.
         modality: the tower that hears.
         size: values of a window.
         sample_rate, seconds, pad: of a window.

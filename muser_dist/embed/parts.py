@@ -32,7 +32,7 @@ from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 _KEY, _PROBLEMS = b"muser_dist", b"muser_dist.quarantine"
 _RESERVED = ("key", "shard", "row", "windows", "text")
@@ -48,7 +48,7 @@ class Manifest:
     """What decides the content of the parts.
 
     Attributes:
-        model: SHA-256 of its model.safetensors.
+        model: its `Muser.sha256`.
         dim: dimensions of the embeddings.
         sample_rate, crop_seconds, pad: of the windows.
         modalities, windows, hop_seconds, fields: as of `Wanted`.
