@@ -1,6 +1,7 @@
 """What jobs have in common that write shards anew with other members in them: a task on Ray for each shard.
 
-A new shard has the name, rows and keys of its source, and is whole or not there.
+A new shard has the name of its source and those of its rows, with their keys, that have no problem; the others, which
+are of no use to training, are in the job's quarantine. It is whole or not there.
 """
 
 import io

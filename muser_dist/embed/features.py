@@ -1,8 +1,9 @@
 """Shards with features: the same shards with a tower's outputs for consecutive windows of each clip, as KEY.npy.
 
-Rows, keys and other members stay; a row that cannot be heard has no features, and its reason is in the quarantine. In
-the folder lie, beside the shards, features.json (whose features they are), features/NAME.json (what became of a shard's
-rows), quarantine.jsonl, and the shards' index. Read = with features + entries of the quarantine.
+Keys and other members stay. A row that cannot be heard has no features; one that no job can read (cut short, with an
+unsafe name or one that comes twice) is left out; the reasons are in the quarantine. In the folder lie, beside the
+shards, features.json (whose features they are), features/NAME.json (what became of a shard's rows), quarantine.jsonl,
+and the shards' index. Read = with features + entries of the quarantine.
 """
 
 import hashlib

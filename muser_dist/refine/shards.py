@@ -1,7 +1,7 @@
 """Shards whose items get descriptions: what is asked about them, and the same shards with the descriptions in them.
 
-A new shard has the rows, keys, members and name of its source; only the .json members differ. An item without
-descriptions stays as it was, and templates leave out what it lacks. Beside the shards lies, for each,
+A new shard has the name, keys and members of its source; only the .json members differ. An item without descriptions
+stays as it was, and templates leave out what it lacks; one that no job can read is left out. Beside the shards lies, for each,
 refined/NAME.json: its counts and its entries of the quarantine.
 """
 
