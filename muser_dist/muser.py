@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 _WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
-# Of data, what decides how an input is read. Not the tokenizer, by whose path none is known: its vocabulary is as large as
-# the weights of embeddings that it needs.
+# Of data, what decides how an input is read. Not the tokenizer: its name is a path, which differs from place to place.
 _READ = ("sample_rate", "crop_seconds", "pad", "symbolic", "features", "vocabulary", "max_tokens", "label_values")
 
 # Windows that a tower gets at a time, and not a training chunk's hundreds: a laptop must hold what they need.

@@ -67,6 +67,13 @@ def open_source(storage: Storage, url: str) -> BinaryIO:
         raise DataError(f"--shards: {redact(url)} {error}; the same command goes on when it can be read") from None
 
 
+def unreadable(url: str, error: OSError) -> DataError:
+    """What to raise where an open source cannot be read, so that it is blamed and not the new shard."""
+    return DataError(
+        f"--shards: {redact(url)} cannot be read ({error.strerror or error}); the same command goes on when it can be"
+    )
+
+
 def identity(url: str, source: BinaryIO) -> list[Any]:
     """What tells an open source from another version of it, as JSON values, without reading it."""
     # A copy of a remote shard is named after its version, and its time is that of its last use.
@@ -89,6 +96,7 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]]
         source: the shard that they are samples of.
 
     Raises:
+        DataError: the source cannot be read.
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
@@ -98,8 +106,12 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]]
                 left = {extension_of(sample, kind): content for kind, content in new.items()}
                 for extension, member in sample.members.items():
                     content = left.pop(extension, None)
-                    old = Stored(source.fileno(), member.offset, member.size)
-                    _add(tar, member.name, old.read() if content is None else content)
+                    if content is None:
+                        try:
+                            content = Stored(source.fileno(), member.offset, member.size).read()
+                        except OSError as error:
+                            raise unreadable(str(source.name), error) from None
+                    _add(tar, member.name, content)
                 for extension, content in left.items():
                     _add(tar, f"{sample.key}.{extension}", content)
         file.flush()

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from muser_dist.config import Modality
 from muser_dist.data.decoder import decoder
 from muser_dist.data.features import EXTENSION, to_float16
-from muser_dist.data.rewriting import alone_in, check_names, identity, on_ray, open_source, write_shard
+from muser_dist.data.rewriting import alone_in, check_names, identity, on_ray, open_source, unreadable, write_shard
 from muser_dist.data.rows import Row
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
@@ -124,7 +124,7 @@ def write_features(
         folder: for the new shard.
 
     Raises:
-        DataError: the shard cannot be opened, or the model is another one.
+        DataError: the shard cannot be opened or read, or the model is another one.
         OSError: the new shard cannot be written.
     """
     name = Path(url).name
@@ -149,6 +149,8 @@ def write_features(
                     problems[sample.index] = sample.problem
         except DataError as damage:
             end = f"the shard {damage}"
+        except OSError as error:
+            raise unreadable(url, error) from None
         usable = [sample for sample in samples if sample.index not in problems]  # others are of no use to training
         features = _features(load(), source.modality, url, usable, file, problems)
         keys = dict(enumerate(sample.key for sample in samples))
@@ -183,6 +185,8 @@ def _features(
                     yield sample.index, waveform, length
             except DataError as error:
                 problems[sample.index] = str(error)
+            except OSError as error:
+                raise unreadable(url, error) from None
 
     made: dict[int, list[np.ndarray]] = {}
     heard = windows()
