@@ -83,7 +83,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--samples", type=int, default=32_768, help="that each stage trains on")
     parser.add_argument("--global-batch", type=int, default=128)
-    parser.add_argument("--listeners", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -141,9 +140,8 @@ def _make_pairs(options: argparse.Namespace) -> None:
     """The log of simulated listeners, and the pairs of songs that its training part holds."""
     log, pairs = options.work / LOG, options.work / "pairs"
     shards = [f"{options.data}/pdtunes-train-*.tar", f"{options.data}/pdtunes-val-*.tar"]
-    number = ["--listeners", str(options.listeners)]
     if not log.exists():
-        _job("make_listeners.py", "--shards", *shards, "--out", str(options.work), *number)
+        _job("make_listeners.py", "--shards", *shards, "--out", str(options.work))
     if not (pairs / "summary.json").exists():
         start = json.loads(pq.read_schema(log).metadata[SIMULATED])["test_start"]
         # One listener will do: of pairs that two have, the log holds some for every fourth clip alone.

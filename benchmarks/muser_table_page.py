@@ -139,6 +139,6 @@ def _curves(by_recipe: dict[str, Rows]) -> str:
     for recipe, rows in by_recipe.items():
         curve = rows[0]["curve"]
         if curve:
-            at = [curve[min(len(curve) - 1, round(len(curve) * place / 16) - 1)] for place in places]
-            lines.append([recipe, *(f"{point['loss']:.3f}" for point in at)])
+            at = [round(len(curve) * place / 16) for place in places]
+            lines.append([recipe, *(f"{curve[n - 1]['loss']:.3f}" if n else "" for n in at)])  # none so early
     return table(["recipe, seed 0", *(f"{place}/16 of the samples" for place in places)], lines)

@@ -1,6 +1,5 @@
 """Muser: a trained model in use. Needs neither Ray nor DeepSpeed."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from muser_dist.config import Feature, Modality, RunConfig, from_dict, to_dict
@@ -26,6 +25,7 @@ from muser_dist.errors import CheckpointError, ConfigError, require
 from muser_dist.evaluate.retrieval import unit_rows
 from muser_dist.files import write_whole
 from muser_dist.models.huggingface import self_contained
+from muser_dist.models.identity import identity_of
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.config import TOWER_OF
 
@@ -201,9 +201,8 @@ class Muser:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the model.safetensors that holds these weights: which model this is."""
-        weights = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        return hashlib.sha256(save(weights)).hexdigest()
+        """Which model this is: see `identity_of`."""
+        return identity_of(self.model.state_dict(), self.config)
 
     def encode_audio(
         self,

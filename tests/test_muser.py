@@ -1,8 +1,8 @@
 """The library in use: loading an exported model, encoding, and what goes wrong there."""
 
-import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +73,9 @@ def test_batches_do_not_change_embeddings_and_nothing_gives_nothing(muser):
 def test_wrong_clips_say_which_and_why(muser, tmp_path):
     with pytest.raises(DataError, match=r"absent\.mp3: there is no such file"):
         muser.encode_audio([tmp_path / "absent.mp3"])
+    for windows in ("all", "middle"):
+        with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Is a directory"):
+            muser.encode_audio([tmp_path], windows=windows)
     (tmp_path / "broken.mp3").write_bytes(b"nothing to hear")
     with pytest.raises(DataError, match=r"broken\.mp3: cannot be decoded"):
         muser.encode_audio([tmp_path / "broken.mp3"])
@@ -170,5 +173,17 @@ def test_a_whole_song_is_the_mean_of_its_windows(muser):
         muser.encode_audio([song], hop_seconds=0.0)
 
 
-def test_the_hash_of_a_model_is_that_of_its_weights_file(folder, muser):
-    assert muser.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+def test_a_model_is_its_weights_and_what_computes_with_them(folder, muser, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert Muser.from_pretrained(tmp_path / "elsewhere").sha256 == muser.sha256
+    config = muser.config
+    for changes in (
+        {"objective": replace(config.objective, normalise=False)},
+        {"model": replace(config.model, projection_activation="relu")},
+        {"data": replace(config.data, crop_seconds=0.4)},
+    ):
+        assert Muser(muser.model, replace(config, **changes)).sha256 != muser.sha256
+    trained_elsewhere = replace(config, data=replace(config.data, decode_slots=9), storage="runs")
+    assert Muser(muser.model, trained_elsewhere).sha256 == muser.sha256
+    other = Muser(MultimodalModel(small_config(seed=1)), config)
+    assert other.sha256 != muser.sha256

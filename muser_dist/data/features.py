@@ -176,6 +176,8 @@ def read_song(song: Features, config: FeaturesConfig) -> Iterator[tuple[np.ndarr
         values = to_float16(np.frombuffer(data, dtype, offset=start).reshape(windows, config.size))
     except FileNotFoundError:
         raise DataError(f"{name}: there is no such file") from None
+    except OSError as error:  # a folder, or what may not be read
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
     except (DataError, ValueError) as error:  # NumPy refuses to write objects
         raise DataError(f"{name}: {error}") from None
     most = config.max_windows

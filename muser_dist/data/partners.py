@@ -149,7 +149,9 @@ def find_partners(
         raise DataError(
             f"{setting}: none of its {every:,} pairs is of two songs of the training shards ({unknown:,} name others)"
         )
-    table = table.group_by(["trigger_row", "item_row"]).aggregate([("weight", "sum")])
+    # In one order, which joins have not: sums of floats depend on it, and all that are drawn by them.
+    table = table.sort_by([("trigger_row", "ascending"), ("item_row", "ascending"), ("weight", "ascending")])
+    table = table.group_by(["trigger_row", "item_row"], use_threads=False).aggregate([("weight", "sum")])
     table = table.sort_by([("trigger_row", "ascending"), ("weight_sum", "descending"), ("item_row", "ascending")])
     trigger, weight = (table[name].to_numpy() for name in ("trigger_row", "weight_sum"))
     first = np.concatenate([[0], np.cumsum(index.rows)])

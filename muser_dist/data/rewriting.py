@@ -1,6 +1,7 @@
 """What jobs have in common that write shards anew with other members in them: a task on Ray for each shard.
 
-A new shard has the name, rows and keys of its source, and is whole or not there.
+A new shard has the name of its source and those of its rows, with their keys, that have no problem; the others, which
+are of no use to training, are in the job's quarantine. It is whole or not there.
 """
 
 import io
@@ -8,6 +9,7 @@ import logging
 import os
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +25,25 @@ from muser_dist.errors import ClusterError, ConfigError, DataError
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other jobs out of a folder; raises DataError where one is in it."""
+def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
+    """Keeps other jobs out of a folder, which is made when missing. The system lets them in when the process is gone.
+
+    Args:
+        folder: of the job.
+        option: that names it, for errors.
+
+    Raises:
+        ConfigError: it cannot be written.
+        DataError: another job works in it.
+    """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise DataError(f"another job works in {folder}; wait for it, or end it") from None
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write to {folder} ({error.strerror}); give another") from None
     try:
         yield
     finally:
@@ -38,8 +52,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def check_names(index: ShardIndex, folder: Path) -> None:
     """Raises ConfigError where new shards in a folder would overwrite each other or their sources."""
-    names = [Path(url).name for url in index.urls]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter(Path(url).name for url in index.urls)
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise ConfigError(f"--shards: two shards are called {twice}, and so would the new ones; take them apart")
     if any(Path(url).parent == folder for url in index.urls):
         raise ConfigError(f"--out {folder} is where the shards lie, which would be overwritten; give another folder")
@@ -51,6 +65,13 @@ def open_source(storage: Storage, url: str) -> BinaryIO:
         return storage.open(url)
     except (DataError, OSError) as error:
         raise DataError(f"--shards: {redact(url)} {error}; the same command goes on when it can be read") from None
+
+
+def unreadable(url: str, error: OSError) -> DataError:
+    """What to raise where an open source cannot be read, so that it is blamed and not the new shard."""
+    return DataError(
+        f"--shards: {redact(url)} cannot be read ({error.strerror or error}); the same command goes on when it can be"
+    )
 
 
 def identity(url: str, source: BinaryIO) -> list[Any]:
@@ -75,6 +96,7 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]]
         source: the shard that they are samples of.
 
     Raises:
+        DataError: the source cannot be read.
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
@@ -84,8 +106,12 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]]
                 left = {extension_of(sample, kind): content for kind, content in new.items()}
                 for extension, member in sample.members.items():
                     content = left.pop(extension, None)
-                    old = Stored(source.fileno(), member.offset, member.size)
-                    _add(tar, member.name, old.read() if content is None else content)
+                    if content is None:
+                        try:
+                            content = Stored(source.fileno(), member.offset, member.size).read()
+                        except OSError as error:
+                            raise unreadable(str(source.name), error) from None
+                    _add(tar, member.name, content)
                 for extension, content in left.items():
                     _add(tar, f"{sample.key}.{extension}", content)
         file.flush()

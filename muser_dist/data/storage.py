@@ -42,6 +42,11 @@ _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirect
 _HOPELESS = ("NoCredentialsError", "ProfileNotFound", "PartialCredentialsError")  # botocore's, which may be absent
 
 
+def _version(info: dict[str, Any]) -> list[str]:
+    names = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created", "size")
+    return [str(info.get(name)) for name in names]
+
+
 def redact(text: str) -> str:
     """The text without what may be secret in a URL: user, password and query string."""
     text = re.sub(r"(\w+://)[^/@\s'\"]*@", r"\1", text)
@@ -186,6 +191,21 @@ class Storage:
         except _PERMANENT:
             return None  # there is none, or the storage does not say whether there is one
 
+    def version(self, url: str) -> list[str]:
+        """What tells a file from other versions of it, without reading it.
+
+        Raises:
+            DataError: it cannot be asked for.
+        """
+        try:
+            if "://" not in url:
+                stat = os.stat(url)
+                return [str(stat.st_size), str(stat.st_mtime_ns)]
+            fs, path = self.filesystem(url, url)
+            return _version(self._patiently(partial(self._call, fs, "info", path)))
+        except OSError as error:
+            raise DataError(f"{redact(url)} cannot be opened: {redact(error.strerror or str(error))}") from None
+
     def open(self, url: str) -> BinaryIO:
         """A shard, opened: the file itself, or a local copy, which is fetched when there is none.
 
@@ -208,11 +228,7 @@ class Storage:
             if size is None:
                 raise DataError("cannot be fetched: the server does not tell its size")
             # Another version of the shard is another copy.
-            version = [
-                str(info.get(name))
-                for name in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created", "size")
-            ]
-            name = hashlib.sha256(json.dumps([url, version]).encode()).hexdigest()
+            name = hashlib.sha256(json.dumps([url, _version(info)]).encode()).hexdigest()
             copy = self.cache / f"{name}.tar"
             self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             with FileLock(self.cache / f"lock-{int(name[:8], 16) % LOCKS:03d}"):

@@ -153,6 +153,8 @@ def hear(
                 yield from cut_windows(read_blocks(file), data, hop_seconds)
     except FileNotFoundError:
         raise DataError(f"{clip!s}: there is no such file") from None
+    except OSError as error:  # a folder, or what may not be read
+        raise DataError(f"{clip!s}: cannot be read: {error.strerror or error}") from None
     except DataError as error:
         name = str(clip) if isinstance(clip, (str, Path)) else f"a clip given as {type(clip).__name__}"
         raise DataError(f"{name}: {error}") from None

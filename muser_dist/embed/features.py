@@ -1,8 +1,9 @@
 """Shards with features: the same shards with a tower's outputs for consecutive windows of each clip, as KEY.npy.
 
-Rows, keys and other members stay; a row that cannot be heard has no features, and its reason is in the quarantine. In
-the folder lie, beside the shards, features.json (whose features they are), features/NAME.json (what became of a shard's
-rows), quarantine.jsonl, and the shards' index. Read = with features + entries of the quarantine.
+Keys and other members stay. A row that cannot be heard has no features; one that no job can read (cut short, with an
+unsafe name or one that comes twice) is left out; the reasons are in the quarantine. In the folder lie, beside the
+shards, features.json (whose features they are), features/NAME.json (what became of a shard's rows), quarantine.jsonl,
+and the shards' index. Read = with features + entries of the quarantine.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from muser_dist.config import Modality
 from muser_dist.data.decoder import decoder
 from muser_dist.data.features import EXTENSION, to_float16
-from muser_dist.data.rewriting import alone_in, check_names, identity, on_ray, open_source, write_shard
+from muser_dist.data.rewriting import alone_in, check_names, identity, on_ray, open_source, unreadable, write_shard
 from muser_dist.data.rows import Row
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
@@ -40,7 +41,7 @@ class Source:
     """Whose features they are.
 
     Attributes:
-        model: SHA-256 of its model.safetensors.
+        model: its `Muser.sha256`.
         modality: the tower that hears.
         size: values of a window.
         sample_rate, seconds, pad: of a window.
@@ -84,14 +85,13 @@ class Record:
     content: str = ""
 
 
-def claim(folder: Path, source: Source, index: ShardIndex, made_by: dict[str, Any]) -> None:
+def claim(folder: Path, source: Source, made_by: dict[str, Any]) -> None:
     """Makes a folder this job's.
 
     Raises:
-        ConfigError: it cannot be written, or the new shards would overwrite others.
+        ConfigError: it cannot be written.
         DataError: it is another job's.
     """
-    check_names(index, folder)
     path = folder / MANIFEST
     mine = asdict(source)
     try:
@@ -124,7 +124,7 @@ def write_features(
         folder: for the new shard.
 
     Raises:
-        DataError: the shard cannot be opened, or the model is another one.
+        DataError: the shard cannot be opened or read, or the model is another one.
         OSError: the new shard cannot be written.
     """
     name = Path(url).name
@@ -149,6 +149,8 @@ def write_features(
                     problems[sample.index] = sample.problem
         except DataError as damage:
             end = f"the shard {damage}"
+        except OSError as error:
+            raise unreadable(url, error) from None
         usable = [sample for sample in samples if sample.index not in problems]  # others are of no use to training
         features = _features(load(), source.modality, url, usable, file, problems)
         keys = dict(enumerate(sample.key for sample in samples))
@@ -183,6 +185,8 @@ def _features(
                     yield sample.index, waveform, length
             except DataError as error:
                 problems[sample.index] = str(error)
+            except OSError as error:
+                raise unreadable(url, error) from None
 
     made: dict[int, list[np.ndarray]] = {}
     heard = windows()
@@ -239,13 +243,13 @@ def make_features(
 
     Raises:
         ClusterError: no cluster answers, its nodes die, or it has no GPU.
-        ConfigError, DataError: as `claim` and `write_features`.
+        ConfigError: the folder cannot be written, or the new shards would overwrite others.
+        DataError: it is another job's, or one works in it; or as `write_features`.
     """
     from muser_dist.data.session import connected  # importing Ray takes seconds
     from muser_dist.embed.job import load_model
 
     source = Source.of(muser, modality, index)
-    claim(folder, source, index, made_by)
     device, total, place = "cuda" if gpu else "cpu", index.total, str(model)
 
     def work(shard: int) -> Iterator[str]:
@@ -263,12 +267,15 @@ def make_features(
         yield json.dumps([shard, asdict(record)])
 
     records: dict[int, Record] = {}
-    with alone_in(folder), connected():
-        progress(0, total)
-        for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):
-            shard, record = json.loads(made)
-            records[shard] = TypeAdapter(Record).validate_python(record)
-            progress(sum(int(index.rows[done]) for done in records), total)
+    check_names(index, folder)  # else the lock would lie among the shards
+    with alone_in(folder):
+        claim(folder, source, made_by)
+        with connected():
+            progress(0, total)
+            for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):
+                shard, record = json.loads(made)
+                records[shard] = TypeAdapter(Record).validate_python(record)
+                progress(sum(int(index.rows[done]) for done in records), total)
         assert sorted(records) == list(range(len(index))), "a shard is missing"
         problems = [problem for shard in sorted(records) for problem in records[shard].problems]
         write_whole(folder / QUARANTINE, "".join(json.dumps(problem) + "\n" for problem in problems))

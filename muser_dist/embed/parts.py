@@ -32,7 +32,7 @@ from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 _KEY, _PROBLEMS = b"muser_dist", b"muser_dist.quarantine"
 _RESERVED = ("key", "shard", "row", "windows", "text")
@@ -48,7 +48,7 @@ class Manifest:
     """What decides the content of the parts.
 
     Attributes:
-        model: SHA-256 of its model.safetensors.
+        model: its `Muser.sha256`.
         dim: dimensions of the embeddings.
         sample_rate, crop_seconds, pad: of the windows.
         modalities, windows, hop_seconds, fields: as of `Wanted`.
@@ -201,6 +201,9 @@ class Parts:
             rows: of `SongReader`, in order.
             embeddings: (len(rows), dim) float32 for each modality; a row of NaN is none.
             problems: its entries of the quarantine.
+
+        Raises:
+            DataError: it cannot be written.
         """
         columns: dict[str, pa.Array] = {}
         for name in self.schema.names:
@@ -216,13 +219,19 @@ class Parts:
             )
         about = {_KEY: self._described, _PROBLEMS: json.dumps(problems)}
         table = pa.table([columns[name] for name in self.schema.names], self.schema.with_metadata(about))
-        temporary = self.path(part).with_name(f".{self.path(part).name}.part")
-        with temporary.open("wb") as file:
-            repeated = ["shard", *self.manifest.fields]
-            pq.write_table(table, file, compression="zstd", use_dictionary=repeated, row_group_size=1 << 14)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may leave a file of zeros under the name
-        temporary.replace(self.path(part))
+        path = self.path(part)
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with temporary.open("wb") as file:
+                repeated = ["shard", *self.manifest.fields]
+                pq.write_table(table, file, compression="zstd", use_dictionary=repeated, row_group_size=1 << 14)
+                file.flush()
+                os.fsync(file.fileno())  # else a machine that goes down may leave a file of zeros under the name
+            temporary.replace(path)
+        except OSError as error:
+            raise DataError(
+                f"--out: cannot write {path} ({error.strerror or error}); the same command goes on when it can"
+            ) from None
 
     def finish(self) -> tuple[int, int]:
         """Writes quarantine.jsonl out of the parts that are there; returns the numbers of rows and of its entries."""

@@ -9,6 +9,7 @@ A task of a phase needs all tasks of the phases before and none of its own, runs
 leaves its account last: what has one is never made again. `job.py` runs tasks on Ray.
 """
 
+import hashlib
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -100,33 +101,44 @@ class Phases:
             made_by: command, commit and versions; they are not compared.
 
         Raises:
-            DataError: it holds another job's pairs, or something else.
+            DataError: it holds another job's pairs, or something else; or a file of the job is gone.
             ConfigError: it cannot be written.
         """
-        wanted = json.loads(json.dumps(asdict(self.job)))
-        for piece in wanted["pieces"]:
-            piece["url"] = redact(piece["url"])
+        wanted = self._definition()
         path = self.folder / MANIFEST
         try:
             if path.exists():
                 there = _read_json(path)
-                if there.get("format") != FORMAT or set(there["job"]) != set(wanted):
+                before = there.get("job")
+                if there.get("format") != FORMAT or not isinstance(before, dict) or set(before) != set(wanted):
                     raise DataError(f"{path} is of another version; give another --out")
-                changed = [name for name, value in wanted.items() if name != "latest" and there["job"][name] != value]
+                changed = [name for name, value in wanted.items() if name != "latest" and before[name] != value]
                 if changed:
                     raise DataError(
                         f"{self.folder} holds pairs of another log or other settings ({', '.join(changed)} differ); "
                         "give another --out, or delete that folder"
                     )
-                self.job = replace(self.job, latest=there["job"]["latest"])
-            elif self.folder.exists() and any(self.folder.iterdir()):
-                raise DataError(f"{self.folder} holds something else; give another --out")
-            for name in ("pairs", "items", *(() if self.summary_path.exists() else ("work",))):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+                self.job = replace(self.job, latest=before["latest"])
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Hidden files are the manifest of a job that died as it wrote it, or a file system's own.
+                if not all(file.name.startswith(".") for file in self.folder.iterdir()):
+                    raise DataError(f"{self.folder} holds something else; give another --out")
                 write_whole(path, json.dumps({"format": FORMAT, "job": wanted, "made_by": made_by}, indent=1))
+            for name in ("pairs", "items", *(() if self.summary_path.exists() else ("work",))):
+                (self.folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: cannot write to {self.folder} ({error.strerror}); give another --out") from None
+
+    def _definition(self) -> dict[str, Any]:
+        """The job as JSON values, with what tells its files from other versions of them."""
+        made = json.loads(json.dumps(asdict(self.job)))
+        for piece in made["pieces"]:
+            piece["url"] = redact(piece["url"])
+        urls = dict.fromkeys(piece.url for piece in self.job.pieces)
+        made["files"] = {redact(url): self.storage.version(url) for url in urls}
+        made["items_content"] = _items_hash(self.job.items) if self.job.items else ""
+        return made
 
     # --- Tasks ---
 
@@ -269,6 +281,14 @@ def _known_items(path: str) -> np.ndarray:
         with open(path, encoding="utf-8-sig") as file:
             return np.unique(hash_names(pa.array([line.rstrip("\r\n") for line in file], pa.string())))
     except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"items: {path} cannot be read: {error}") from None
+
+
+def _items_hash(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
         raise DataError(f"items: {path} cannot be read: {error}") from None
 
 

@@ -31,7 +31,7 @@ PIECE_BYTES = 64 << 20
 """Bytes of a piece of text: about a million rows."""
 
 PIECE_ROWS = 1 << 20
-"""Rows of a piece of a Parquet file, or one row group where that has more."""
+"""Rows of a piece of a Parquet file, or entries of its lists; one row group where that has more."""
 
 BATCH_ROWS = 1 << 17
 """Most rows of a batch of Parquet or JSON lines."""
@@ -47,11 +47,13 @@ class Piece:
     Attributes:
         url: path or URL of the file.
         start, stop: row groups of a Parquet file; bytes of text; all bytes of a file where text is compressed.
+        rows: of the row groups, or the entries of their lists where these are more; 0 where text is not counted yet.
     """
 
     url: str
     start: int
     stop: int
+    rows: int = 0
 
 
 def pieces_of(storage: Storage, urls: list[str], layout: LogLayout) -> list[Piece]:
@@ -74,9 +76,9 @@ def _of_file(storage: Storage, url: str, layout: LogLayout) -> Iterator[Piece]:
             start, rows = 0, 0
             groups = parquet.metadata.num_row_groups
             for group in range(groups):
-                rows += parquet.metadata.row_group(group).num_rows
+                rows += _rows_of(parquet.metadata.row_group(group), layout)
                 if rows >= PIECE_ROWS or group == groups - 1:
-                    yield Piece(url, start, group + 1)
+                    yield Piece(url, start, group + 1, rows)
                     start, rows = group + 1, 0
             return
         if kind != "jsonl":
@@ -87,12 +89,19 @@ def _of_file(storage: Storage, url: str, layout: LogLayout) -> Iterator[Piece]:
             yield Piece(url, start, min(start + step, size))
 
 
+def _rows_of(group: pq.RowGroupMetaData, layout: LogLayout) -> int:
+    """Rows of a row group, or entries of its lists: what becomes an interaction each."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    used = (column.num_values for column in columns if column.path_in_schema.partition(".")[0] in layout.used())
+    return max(group.num_rows, *used)
+
+
 def partitions_for(pieces: list[Piece], layout: LogLayout) -> int:
     """A power of two, so that a partition holds a million interactions or so."""
     parts = 0.0
     for piece in pieces:
         kind, compression = format_of(piece.url, layout)
-        size = 1.0 if kind == "parquet" else (piece.stop - piece.start) / PIECE_BYTES
+        size = piece.rows / PIECE_ROWS if kind == "parquet" else (piece.stop - piece.start) / PIECE_BYTES
         parts += 4 * size if compression else size
     return min(1 << max(math.ceil(parts) - 1, 0).bit_length(), 1 << 16)
 

@@ -103,7 +103,7 @@ class Asker:
         self.capped = False
         """Whether the cap has ended it."""
         self._done = 0
-        self._asking: set[str] = set()
+        self._taken: set[str] = set()  # digests that are asked about just now, or were given up
         self._failed_in_a_row = 0
         self._error: EndpointError | None = None
 
@@ -156,15 +156,16 @@ class Asker:
                         return
                     self._waiting.extend(batch)
                 request = self._waiting.popleft()
-            # An item with the same metadata may be asking the same just now.
-            if request is None or request.digest in self._asking or self.ledger.answered(request.digest):
+            # An item with the same metadata may be asking the same just now, or have paid for no answer to it.
+            if request is None or request.digest in self._taken or self.ledger.answered(request.digest):
                 self._done += 1
                 continue
-            self._asking.add(request.digest)
+            self._taken.add(request.digest)
             if await self._ask(session, request):
                 self._done += 1
                 self.progress(self._done)
-            self._asking.remove(request.digest)
+            if self.ledger.answered(request.digest):
+                self._taken.remove(request.digest)
 
     async def _ask(self, session: aiohttp.ClientSession, request: Request) -> bool:
         """Asks until there is an answer, or the item is given up; False where the job ends before."""

@@ -83,39 +83,42 @@ def refine(
     Raises:
         ClusterError: no cluster answers, or its nodes die.
         ConfigError: the folder cannot be written, or the new shards would overwrite others.
-        DataError: the folder is another job's; or a shard cannot be read.
+        DataError: the folder is another job's, or one works in it; or a shard cannot be read.
         EndpointError: the endpoint refuses, or does not answer.
     """
-    claim(folder, index, prompt, made_by)
-    with alone_in(folder), connected():
-        ledger = Ledger(folder / LEDGER, cap)
-        try:
+    check_names(index, folder)  # else the lock would lie among the shards
+    with alone_in(folder):
+        claim(folder, index, prompt, made_by)
+        with connected():
+            ledger = Ledger(folder / LEDGER, cap)
+            try:
 
-            def asked(done: int) -> None:
-                spent = ledger.spending
-                tokens = f"{spent.input + spent.output:,} tokens"
-                progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
+                def asked(done: int) -> None:
+                    spent = ledger.spending
+                    tokens = f"{spent.input + spent.output:,} tokens"
+                    progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
 
-            asker = Asker(endpoint, ledger, prices, asked)
-            with closing(_requests_on_ray(index, storage, prompt)) as batches:  # reads no more where the cap ends it
-                asker.run(batches)
-            if not asker.capped:
-                asked(index.total)
-            spending, write = ledger.spending, ledger.any_answer
-        finally:
-            ledger.close()
-        records = _records_on_ray(index, storage, prompt, folder, write)
-    return _finish(index, records, prices, spending, folder, write)
+                asker = Asker(endpoint, ledger, prices, asked)
+                with closing(
+                    _requests_on_ray(index, storage, prompt)
+                ) as batches:  # reads no more where the cap ends it
+                    asker.run(batches)
+                if not asker.capped:
+                    asked(index.total)
+                spending, write = ledger.spending, ledger.any_answer
+            finally:
+                ledger.close()
+            records = _records_on_ray(index, storage, prompt, folder, write)
+        return _finish(index, records, prices, spending, folder, write)
 
 
 def claim(folder: Path, index: ShardIndex, prompt: Prompt, made_by: dict[str, Any]) -> None:
     """Makes a folder this job's.
 
     Raises:
-        ConfigError: it cannot be written, or the new shards would overwrite others.
+        ConfigError: it cannot be written.
         DataError: it is another job's.
     """
-    check_names(index, folder)
     inputs = json.dumps([[redact(url), rows] for url, rows in zip(index.urls, index.rows.tolist(), strict=True)])
     content = {"prompt": asdict(prompt), "shards": hashlib.sha256(inputs.encode()).hexdigest()}
     content = json.loads(json.dumps(content))

@@ -1,8 +1,8 @@
 """Shards whose items get descriptions: what is asked about them, and the same shards with the descriptions in them.
 
-A new shard has the rows, keys, members and name of its source; only the .json members differ. An item without
-descriptions stays as it was, and templates leave out what it lacks. Beside the shards lies, for each,
-refined/NAME.json: its counts and its entries of the quarantine.
+A new shard has the name, keys and members of its source; only the .json members differ. An item without descriptions
+stays as it was, and templates leave out what it lacks; one that no job can read is left out. Beside the shards lies,
+for each, refined/NAME.json: its counts and its entries of the quarantine.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from muser_dist.data.rewriting import identity, open_source, write_shard
+from muser_dist.data.rewriting import identity, open_source, unreadable, write_shard
 from muser_dist.data.rows import Row
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, walk
@@ -94,7 +94,7 @@ def refine_shard(
         write: whether to write it, or only to count.
 
     Raises:
-        DataError: the source cannot be opened.
+        DataError: the source cannot be opened or read.
         OSError: the new shard cannot be written.
     """
     name = Path(url).name
@@ -136,6 +136,8 @@ def refine_shard(
                     copied.append((sample, metadata))
         except DataError as damage:
             end = f"the shard {damage}"
+        except OSError as error:
+            raise unreadable(url, error) from None
         for row in range(read, indexed):
             quarantine(row, "", end)
         content = _digest(url, file, copied) if write else ""

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from muser_dist.config import RunConfig, to_dict
-from muser_dist.errors import ConfigError
+from muser_dist.data.rewriting import alone_in
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.following import Following
 from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_samples, plan, room
@@ -42,16 +42,17 @@ def sweep(recipe: str, base: RunConfig, options: SweepConfig, command: list[str]
         MuserError: something is wrong that the user can mend; the message says what and how.
     """
     planned = plan(recipe, base, options)
+    with alone_in(planned.record.folder, "storage"):
+        planned.record.load()  # what another driver wrote since
+        return _sweep(recipe, planned, options, command)
+
+
+def _sweep(recipe: str, planned: Planned, options: SweepConfig, command: list[str]) -> Path:
     record = planned.record
     if len(record.trials) >= planned.total and not list(left(record)):
         print("All trials are over; none is tried again.", flush=True)
     else:
-        try:
-            record.save()
-        except OSError as error:
-            raise ConfigError(
-                f"storage: cannot write to {record.folder} ({error.strerror}); give another --storage"
-            ) from None
+        record.save()
         _run(planned, options, command)
     page = write_results(recipe, planned, options, command)
     print(f"\n{describe(recipe, planned, options)}\nPage    {page}", flush=True)

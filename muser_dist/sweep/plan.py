@@ -51,6 +51,12 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
     """
     space = load_space(options.space)
     check_space(space, base)
+    for field in _LENGTHS:
+        require(
+            options.early_stopping == "none" or field not in space,
+            f"space: {field} gives trials different lengths, and ASHA stops all where the recipe's own ends; give "
+            "--early-stopping none",
+        )
     least, most = base.train.worker_range
     require(least == most, f"train.workers is {base.train.workers!r}; trials share the cluster: give one number")
     require("://" not in base.storage, f"storage: {base.storage!r} is a URL; give a folder that every node sees")
@@ -98,6 +104,9 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
         print(f"{source.points.refused} points of the space are left out; the first: {source.points.first}", flush=True)
     return Planned(base, space, record, source)
 
+
+_LENGTHS = ("train", "train.samples", "train.global_batch")
+"""Fields that say how many samples a trial sees."""
 
 _NOT_RULES = ("space", "trials", "concurrent")
 """Options that may differ when a sweep goes on; the space is compared by what it holds."""

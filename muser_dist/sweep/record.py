@@ -64,7 +64,15 @@ class Record:
     def __init__(self, folder: Path, definition: dict[str, Any], lower: bool) -> None:
         self.folder, self.definition, self.lower = folder, definition, lower
         self.trials: list[Trial] = []
-        path = folder / RECORD
+        self.load()
+
+    def load(self) -> None:
+        """Reads what the folder holds, if there is something.
+
+        Raises:
+            CheckpointError: it is another sweep.
+        """
+        folder, definition, path = self.folder, self.definition, self.folder / RECORD
         if not path.exists():
             return
         try:

@@ -147,6 +147,8 @@ def test_no_more_is_read_than_is_wanted():
 def test_files_that_are_not_there_and_objects_are_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.npy: there is no such file"):
         list(read_song(tmp_path / "gone.npy", FeaturesConfig(SIZE, MOST)))
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        list(read_song(tmp_path, FeaturesConfig(SIZE, MOST)))
     with pytest.raises(DataError, match="features given as ndarray"):
         list(read_song(np.array([[{}]]), FeaturesConfig(1, MOST)))
     with pytest.raises(ConfigError, match=r"data\.features\.size must be at least 1"):

@@ -48,6 +48,17 @@ def partners_of(folder: Path, rows: list[int], pairs: list[tuple[int, int, float
     return Partners(folder / "partners")
 
 
+def test_pairs_that_come_again_count_the_same_in_every_order(tmp_path):
+    write_shard(tmp_path / "a-0.tar", [(str(i), {"json": b"{}"}) for i in range(20)])
+    rng, drawn = np.random.default_rng(0), []
+    pairs = [(str(i % 7), str(7 + i % 11), float(10.0 ** rng.uniform(-8, 8))) for i in range(2000)]
+    for again in range(3):
+        path = write_pairs(tmp_path / f"{again}.parquet", [pairs[i] for i in rng.permutation(len(pairs))])
+        find_partners(str(path), index_of(f"{tmp_path}/a-*.tar"), LOCAL, tmp_path / f"p{again}", silent)
+        drawn.append((tmp_path / f"p{again}" / "cumulative.npy").read_bytes())
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 def test_every_pair_is_counted(tmp_path):
     write_shard(tmp_path / "a-0.tar", [(key, {"json": b"{}"}) for key in ("x", "y", "z", "y")])
     pairs = [("x", "y", 1.0), ("x", "z", 3.0), ("x", "y", 1.0), ("y", "gone", 1.0), ("gone", "x", 1.0)]

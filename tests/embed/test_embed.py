@@ -158,6 +158,13 @@ def test_whole_parts_stay_and_torn_ones_are_made_again(muser, shards, tmp_path):
     assert parts.quarantine.read_bytes() == told
 
 
+def test_a_part_that_cannot_be_written_is_named(muser, shards, tmp_path):
+    songs, parts = parts_of(muser, RowReader(index_of(shards), LOCAL), tmp_path)
+    parts.path(1).mkdir()
+    with pytest.raises(DataError, match=r"--out: cannot write .*part-00001\.parquet \(Is a directory\)"):
+        embed(muser, songs, parts)
+
+
 def test_another_job_is_refused_the_folder(muser, shards, tmp_path):
     rows = RowReader(index_of(shards), LOCAL)
     parts_of(muser, rows, tmp_path)

@@ -14,8 +14,9 @@ from muser_dist import Muser
 from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.config import FeaturesConfig
 from muser_dist.data.decoder import decoder
+from muser_dist.data.rewriting import alone_in, check_names
 from muser_dist.data.windows import cut_consecutive
-from muser_dist.embed.features import Source, claim, write_features
+from muser_dist.embed.features import Source, claim, make_features, write_features
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
@@ -53,7 +54,7 @@ def written(muser: Muser, shards: str, folder: Path) -> list:
     """What the job does, in this process."""
     index = index_of(shards)
     source = Source.of(muser, "audio", index)
-    claim(folder, source, index, {})
+    claim(folder, source, {})
     return [
         write_features(lambda: muser, source, LOCAL, url, int(rows), folder)
         for url, rows in zip(index.urls, index.rows, strict=True)
@@ -130,18 +131,24 @@ def test_a_shard_that_breaks_off_gives_the_rows_before(muser, shards, tmp_path):
 def test_another_job_is_refused_the_folder(muser, shards, tmp_path):
     index = index_of(shards)
     source = Source.of(muser, "audio", index)
-    claim(tmp_path / "out", source, index, {})
+    claim(tmp_path / "out", source, {})
     with pytest.raises(DataError, match=r"holds other features \(modality: 'audio' there, 'spectrogram' here"):
-        claim(tmp_path / "out", Source.of(muser, "spectrogram", index), index, {})
+        claim(tmp_path / "out", Source.of(muser, "spectrogram", index), {})
     with pytest.raises(ConfigError, match="is where the shards lie"):
-        claim(Path(index.urls[0]).parent, source, index, {})
+        check_names(index, Path(index.urls[0]).parent)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "theirs.tar").touch()
     with pytest.raises(DataError, match=r"theirs\.tar was there before"):
-        claim(tmp_path / "full", source, index, {})
+        claim(tmp_path / "full", source, {})
     (tmp_path / "out" / "features.json").write_text(json.dumps([]))
     with pytest.raises(DataError, match=r"features\.json is broken"):
-        claim(tmp_path / "out", source, index, {})
+        claim(tmp_path / "out", source, {})
+
+
+def test_a_folder_that_another_job_works_in_is_not_claimed(muser, shards, tmp_path):
+    with alone_in(tmp_path), pytest.raises(DataError, match="another job works in"):
+        make_features(tmp_path, muser, "audio", index_of(shards), LOCAL, tmp_path, False, {}, lambda done, of: None)
+    assert not (tmp_path / "features.json").exists()
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path):

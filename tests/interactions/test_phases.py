@@ -1,5 +1,6 @@
 """Files of the phases: what is made again, whose folder it is, and that no row is lost; the job's command line."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,6 +83,35 @@ def test_another_job_is_refused_the_folder(log, tmp_path):
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(DataError, match="holds something else"):
         phases_of([log], tmp_path / "other", EVENTS).claim({})
+
+
+def test_a_job_does_not_go_on_with_other_input(log, tmp_path):
+    pq.write_table(pa.csv.read_csv(log), tmp_path / "log.parquet")
+    items = tmp_path / "items.txt"
+    items.write_text("song 1\nsong 2\n")
+
+    def claim():
+        phases_of([tmp_path / "log.parquet"], tmp_path / "out", EVENTS, items=str(items)).claim({})
+
+    claim()
+    claim()
+    items.write_text("song 1\nsong 3\n")
+    with pytest.raises(DataError, match=r"\(items_content differ\)"):
+        claim()
+    items.write_text("song 1\nsong 2\n")
+    os.utime(tmp_path / "log.parquet", (1, 1))
+    with pytest.raises(DataError, match=r"\(files differ\)"):
+        claim()
+
+
+def test_a_job_that_died_as_it_claimed_the_folder_goes_on(log, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".manifest.json.part").write_text('{"for')
+    run(phases_of([log], out, EVENTS))
+    (out / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="is of another version"):
+        phases_of([log], out, EVENTS).claim({})
 
 
 def test_partitions_pieces_and_formats_do_not_matter(log, tmp_path, monkeypatch):

@@ -265,3 +265,17 @@ def test_partitions_grow_with_the_log():
     pieces = [Piece(f"{i}.tsv", 0, readers.PIECE_BYTES) for i in range(50)]
     assert [partitions_for(pieces[:n], layout) for n in (0, 1, 2, 3, 50)] == [1, 1, 2, 4, 64]
     assert partitions_for([Piece("a.tsv.gz", 0, 2 * readers.PIECE_BYTES)], layout) == 8
+
+
+def test_partitions_of_parquet_go_by_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_ROWS", 64)
+    layout, lists = LogLayout("user", ("item",)), LogLayout("user", ("item",), lists=True)
+    for i in range(40):
+        columns = {"user": ["u"] * 8, "item": ["i"] * 8, "tags": [["a", "b"] * 50] * 8}
+        pq.write_table(pa.table(columns), tmp_path / f"{i}.parquet")
+    small = pieces_of(STORAGE, [str(tmp_path / f"{i}.parquet") for i in range(40)], layout)
+    assert len(small) == 40 and partitions_for(small, layout) == 8  # 320 rows, however many files
+    pq.write_table(pa.table({"user": ["u"] * 2048, "item": ["i"] * 2048}), tmp_path / "large.parquet")
+    assert partitions_for(pieces_of(STORAGE, [str(tmp_path / "large.parquet")], layout), layout) == 32
+    pq.write_table(pa.table({"user": ["u"] * 32, "item": [["i"] * 64] * 32}), tmp_path / "lists.parquet")
+    assert partitions_for(pieces_of(STORAGE, [str(tmp_path / "lists.parquet")], lists), lists) == 32

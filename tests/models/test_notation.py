@@ -263,6 +263,8 @@ def test_what_is_wrong_with_a_piece_is_named(muser, tmp_path):
         muser.encode_symbolic([tmp_path / "broken.mid"])
     with pytest.raises(DataError, match=r"gone\.abc: there is no such file"):
         muser.encode_symbolic([tmp_path / "gone.abc"])
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        muser.encode_symbolic([tmp_path])
     with pytest.raises(DataError, match="a piece given as bytes: "):
         muser.encode_symbolic([b"no notes"])
     with pytest.raises(TypeError, match=r"wrap the one you have in \[ \]"):

@@ -86,6 +86,15 @@ def test_every_item_is_asked_once(tmp_path):
         assert server.asked.total() == 30
 
 
+def test_what_was_given_up_is_not_paid_for_again_by_an_item_like_it(tmp_path):
+    requests = items(3)
+    with stand_in(lambda item, before: "stall" if item == "item-001" else "good") as server:
+        ask(server, tmp_path / "l", [*requests, *requests, *requests], timeout=0.3, concurrency=1)
+        assert server.asked == {"item-000": 1, "item-001": 2, "item-002": 1}
+        ask(server, tmp_path / "l", requests, timeout=0.3)  # another job tries again
+        assert server.asked["item-001"] == 4
+
+
 def test_what_passes_is_tried_again_and_what_does_not_has_a_reason(tmp_path):
     kinds = {
         "item-000": ("busy", "busy", "broken", "good"),

@@ -9,12 +9,15 @@ import pytest
 
 from jobs.refine_text import job
 from muser_dist.cli import Progress
-from muser_dist.data.rewriting import alone_in
+from muser_dist.data.rewriting import alone_in, check_names
 from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import ConfigError, DataError, MuserError
-from muser_dist.refine.job import MANIFEST, claim
+from muser_dist.refine.asker import Endpoint
+from muser_dist.refine.job import MANIFEST, claim, refine
+from muser_dist.refine.ledger import Prices
 from muser_dist.refine.prompt import Prompt
 from tests.shardmaker import sample, write_shard
+from tests.small import LOCAL
 
 PROMPT = Prompt("m", ("fr",))
 
@@ -40,9 +43,9 @@ def test_a_folder_is_of_one_job(tmp_path):
     with pytest.raises(DataError, match="is broken"):
         claim(out, index("/a/x.tar"), PROMPT, {})
     with pytest.raises(ConfigError, match=r"two shards are called x\.tar"):
-        claim(tmp_path / "new", index("/a/x.tar", "/b/x.tar"), PROMPT, {})
+        check_names(index("/a/x.tar", "/b/x.tar"), tmp_path / "new")
     with pytest.raises(ConfigError, match="would be overwritten"):
-        claim(Path("/a"), index("/a/x.tar"), PROMPT, {})
+        check_names(index("/a/x.tar"), Path("/a"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "z.tar").touch()
     with pytest.raises(DataError, match=r"z\.tar was there before"):
@@ -57,6 +60,19 @@ def test_two_jobs_do_not_share_a_folder(tmp_path):
         pass
     with alone_in(tmp_path):
         pass
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--out: cannot write"), alone_in(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_that_another_job_works_in_is_not_claimed(tmp_path):
+    with alone_in(tmp_path), pytest.raises(DataError, match="another job works in"):
+        refine(index("/a/x.tar"), LOCAL, PROMPT, Endpoint("http://a"), Prices(1, 1), 1, tmp_path, {}, silent)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def silent(done: int, of: int, spent: str) -> None:
+    pass
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """From shards over the endpoint to shards with descriptions, without Ray: what is asked, copied, counted and left."""
 
+import io
 import json
+import os
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +63,37 @@ def rows_of(storage: Storage, url: str) -> int:
 def members(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar}
+
+
+class FailingDisk(io.FileIO):
+    """A file whose headers can be read, and its members not."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._other = os.open(path, os.O_WRONLY)
+
+    def fileno(self) -> int:
+        return self._other
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._other)
+        super().close()
+
+
+class FailingStorage(Storage):
+    def open(self, url: str) -> io.FileIO:
+        return FailingDisk(url)
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    url = str(write_shard(tmp_path / "a.tar", [piece(i) for i in range(3)]))
+    storage = FailingStorage({}, tmp_path / "cache", 1, 1.0)
+    Ledger(tmp_path / "ledger.sqlite", UNIT).close()
+    answers = Answers(tmp_path / "ledger.sqlite")
+    with pytest.raises(DataError, match=r"--shards: .*a\.tar cannot be read \(Bad file descriptor\)"):
+        refine_shard(storage, url, 3, PROMPT, answers, tmp_path / "out")
+    answers.close()
 
 
 def test_shards_get_descriptions_and_nothing_else_changes(tmp_path):

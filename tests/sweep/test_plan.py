@@ -59,6 +59,11 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path):
     unknown = options_of(tmp_path, {"objective.name": {"choice": ["contrastive", "contrastve"]}}, search="grid")
     with pytest.raises(ConfigError, match=r'no config with objective\.name "contrastve".*did you mean .contrastive'):
         plan("small", base, unknown)
+    for field, values in {"train.samples": [144, 288], "train.global_batch": [8, 16]}.items():
+        longer = options_of(tmp_path, {field: {"choice": values}})
+        with pytest.raises(ConfigError, match=rf"{field} gives trials different lengths.*--early-stopping none"):
+            plan("small", base, longer)
+        plan("small", base, replace(longer, early_stopping="none"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from muser_dist.errors import CheckpointError, ConfigError
-from muser_dist.sweep.launch import asha
+from muser_dist.data.rewriting import alone_in
+from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.sweep.launch import asha, sweep
+from muser_dist.sweep.plan import plan
 from muser_dist.sweep.record import RECORD, Record
 from muser_dist.sweep.search import Optuna, Plan, Trials
 from muser_dist.sweep.space import Choice, Range
@@ -29,6 +31,18 @@ def plan_of(tmp_path, search: str = "random", trials: int = 7) -> Plan:
 
 def optuna_of(tmp_path, trials: int = 30, check=nothing, lower: bool = False) -> Optuna:
     return Optuna(SPACE, BASE, options_of(tmp_path, search="optuna", trials=trials), check, lower)
+
+
+def test_two_drivers_do_not_run_one_sweep(tmp_path):
+    base, options = base_of(tmp_path), options_of(tmp_path)
+    record = plan("small", base, options).record
+    with alone_in(record.folder), pytest.raises(DataError, match="another job works in"):
+        sweep("small", base, options, ["test"])
+    assert not (record.folder / RECORD).exists()
+    other = Record(record.folder, record.definition, lower=False)
+    fill(other, plan_of(tmp_path).points.found)
+    record.load()  # another driver came and went between this one's checks and its lock
+    assert [trial.number for trial in record.trials] == [trial.number for trial in other.trials]
 
 
 def test_trials_that_are_over_are_not_repeated_and_the_others_come_first(tmp_path):

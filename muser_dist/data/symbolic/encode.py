@@ -72,6 +72,8 @@ def read_piece(piece: str | Path | bytes, config: SymbolicConfig) -> Iterator[tu
         yield from encode_windows(kind_of(data), data, config)
     except FileNotFoundError:
         raise DataError(f"{name}: there is no such file") from None
+    except OSError as error:  # a folder, or what may not be read
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
 
