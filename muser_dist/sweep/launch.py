@@ -11,9 +11,12 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from muser_dist.config import RunConfig, to_dict
 from muser_dist.data.rewriting import alone_in
+from muser_dist.errors import ClusterError
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.following import Following
 from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_samples, plan, room
@@ -65,7 +68,8 @@ def _sweep(recipe: str, planned: Planned, options: SweepConfig, command: list[st
 def _run(planned: Planned, options: SweepConfig, command: list[str]) -> None:
     base, record = planned.base, planned.record
     wanted = options.concurrent or int((os.cpu_count() or 1) // cpus_of_trial(base))
-    connect(base, max(1, wanted))
+    connect(base, max(1, wanted), dashboard=True)
+    _check_dashboard()
     at_once, slots = room(base, ray.cluster_resources(), options.concurrent)
     full = ", for which there is room" if at_once < options.concurrent else ""
     print(
@@ -101,6 +105,20 @@ def _run(planned: Planned, options: SweepConfig, command: list[str]) -> None:
         ),
     ).fit()
     shutil.rmtree(record.folder / _TUNE, ignore_errors=True)
+
+
+def _check_dashboard() -> None:
+    """Raises ClusterError where there is none.
+
+    Ray Train asks it whether a trial that was stopped is gone, and only then gives back the CPUs of its workers.
+    """
+    try:
+        list_actors(limit=1)
+    except RayStateApiException:
+        raise ClusterError(
+            "the dashboard of the Ray cluster does not answer, and without it trials that are stopped keep their CPUs; "
+            "start the head node with --include-dashboard true, and with the port that it serves open to the driver"
+        ) from None
 
 
 _TUNE_SETTINGS = {

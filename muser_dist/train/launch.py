@@ -182,12 +182,13 @@ def pretrain_stages(runs: Sequence[RunConfig], command: list[str]) -> Path:
 # --- Ray ---
 
 
-def connect(config: RunConfig, runs: int = 1) -> None:
+def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
     """Joins the running cluster, or starts Ray on this machine; checks that workers and decoding fit.
 
     Args:
         config: a run.
         runs: like it that are to go on at a time, where Ray is started here.
+        dashboard: whether it is started with its dashboard, which takes time that training could have.
 
     Raises:
         ClusterError: they do not fit; nothing was started in vain.
@@ -211,7 +212,7 @@ def connect(config: RunConfig, runs: int = 1) -> None:
                 "local",
                 num_cpus=math.ceil(runs * (most * t.cpus_per_worker + slots)),
                 resources={t.resource: runs * most} if t.resource else None,
-                include_dashboard=False,  # nobody is told its address, and it takes time that training could have
+                include_dashboard=dashboard,
                 **quiet,
             )
             print(f"Started Ray on this machine: {runs * most} workers, {runs * slots} decoding slots", flush=True)

@@ -43,6 +43,9 @@ def main(kind: str, corpus: str, storage: str) -> None:
     folder = Path(storage)
     if kind == "four":
         sweep(RECIPE, base_config(Path(corpus), folder, kind), options_of(folder, concurrent=1), ["test"])
+    elif kind == "after-a-stopped-one":  # the job starts Ray, with CPUs for one
+        base = base_config(Path(corpus), folder, kind)
+        sweep(RECIPE, base, options_of(folder, ("steady", "against", "diverging"), concurrent=1), ["test"])
     elif kind == "two-at-once":
         base = base_config(Path(corpus), folder, kind)  # the job starts Ray, with CPUs for two
         sweep(RECIPE, base, options_of(folder, ("steady", "against"), early_stopping="none", concurrent=2), ["test"])

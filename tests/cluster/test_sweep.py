@@ -141,3 +141,9 @@ def test_two_trials_at_a_time_on_two_cpus(corpus, storage):
     list(driver.follow())
     assert states(storage / "two-at-once") == ["finished", "finished"]
     assert driver.time_of("trial 001 running") < driver.time_of("trial 000 finished")
+
+
+def test_a_stopped_trial_gives_its_cpus_to_the_next_one_on_a_ray_of_the_job(corpus, storage):
+    driver = Driver("after-a-stopped-one", corpus, storage, "local")
+    list(driver.follow())
+    assert states(storage / "after-a-stopped-one") == ["finished", "stopped", "diverged"]
