@@ -40,17 +40,15 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
             left = (time.monotonic() - start) / step * (config.train.steps - step)
             print(f"step {step}/{config.train.steps}  {figures}  ETA {left:.0f} s", file=sys.stderr, flush=True)
 
-    if (folder / "model" / "config.json").exists():
-        muser = Muser.from_pretrained(folder)
-    else:
-        if recipe == "untrained":
-            model = MultimodalModel(config)
-        else:
+    known = folder / "training.json"
+    if not known.exists():
+        model = MultimodalModel(config)
+        if recipe != "untrained":
             model, config = train(config, watch)
-            (folder / "curve.json").write_text(json.dumps(curve))
         save_model(folder / "model", model.state_dict(), config)
-        muser = Muser(model, config)
-    seconds = time.monotonic() - start
+        about = {"recipe": recipe, "seed": config.seed, "seconds": round(time.monotonic() - start, 1), "curve": curve}
+        known.write_text(json.dumps(about))
+    muser = Muser.from_pretrained(folder)
 
     storage = Storage.of(config.data)
     train_index, val_index = (
@@ -67,10 +65,7 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     Embedded.join([fitted, test]).save(folder / EMBEDDINGS)
     if recipe == "untrained":
         (folder / "floor.json").write_text(json.dumps(floor(config, val_index, train_index, storage)))
-    known = {"recipe": recipe, "seed": config.seed, "seconds": round(seconds, 1)}
-    curve_path = folder / "curve.json"
-    known["curve"] = json.loads(curve_path.read_text()) if curve_path.exists() else []
-    (folder / "scores.json").write_text(json.dumps(known | scores))
+    (folder / "scores.json").write_text(json.dumps(json.loads(known.read_text()) | scores))
 
 
 def compared(folders: Iterable[list[Path]]) -> list[dict[str, Any]]:

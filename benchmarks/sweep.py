@@ -136,7 +136,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
     space = folder / "space.json"
     space.write_text(json.dumps({"objective.temperature.init": {"log_uniform": [0.05, 0.5]}}))
     rules = SweepConfig(str(space), trials=options.trials, early_stopping="none")
-    ray.init("local", num_cpus=options.cpus, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=options.cpus, log_to_driver=False)  # with its dashboard, as sweeps need it
     rows = []
     for round_ in range(options.rounds):
         for case in ("without", "with cache") if round_ % 2 == 0 else ("with cache", "without"):

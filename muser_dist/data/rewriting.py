@@ -11,43 +11,15 @@ import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, Stored
 from muser_dist.errors import ClusterError, ConfigError, DataError
-
-
-@contextmanager
-def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
-    """Keeps other jobs out of a folder, which is made when missing. The system lets them in when the process is gone.
-
-    Args:
-        folder: of the job.
-        option: that names it, for errors.
-
-    Raises:
-        ConfigError: it cannot be written.
-        DataError: another job works in it.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise DataError(f"another job works in {folder}; wait for it, or end it") from None
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot write to {folder} ({error.strerror}); give another") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_names(index: ShardIndex, folder: Path) -> None:

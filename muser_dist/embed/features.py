@@ -21,13 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 from muser_dist.config import Modality
 from muser_dist.data.decoder import decoder
 from muser_dist.data.features import EXTENSION, to_float16
-from muser_dist.data.rewriting import alone_in, check_names, identity, on_ray, open_source, unreadable, write_shard
+from muser_dist.data.rewriting import check_names, identity, on_ray, open_source, unreadable, write_shard
 from muser_dist.data.rows import Row
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, walk
 from muser_dist.errors import ConfigError, DataError
-from muser_dist.files import write_whole
+from muser_dist.files import alone_in, write_whole
 from muser_dist.muser import Muser
 
 MANIFEST, RECORDS, QUARANTINE = "features.json", "features", "quarantine.jsonl"

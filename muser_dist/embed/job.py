@@ -27,12 +27,12 @@ from muser_dist.data.chunks import Chunk
 from muser_dist.data.decoder_child import keep_freed_memory
 from muser_dist.data.executor import TaskNumbers, set_context
 from muser_dist.data.pipeline import to_block
-from muser_dist.data.rewriting import alone_in
 from muser_dist.data.session import DEATHS, connected, error_of_user
 from muser_dist.embed.parts import Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
 from muser_dist.errors import ClusterError, DataError
 from muser_dist.evaluate.retrieval import unit_rows
+from muser_dist.files import alone_in
 from muser_dist.muser import Muser
 
 TASK_ROWS = 64

@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from muser_dist.data.rewriting import alone_in, check_names, on_ray
+from muser_dist.data.rewriting import check_names, on_ray
 from muser_dist.data.session import connected
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.errors import ConfigError, DataError
-from muser_dist.files import write_whole
+from muser_dist.files import alone_in, write_whole
 from muser_dist.refine.asker import Asker, Endpoint
 from muser_dist.refine.ledger import UNIT, Answers, Ledger, Prices, Spending
 from muser_dist.refine.prompt import Prompt, Request
@@ -99,9 +99,8 @@ def refine(
                     progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
 
                 asker = Asker(endpoint, ledger, prices, asked)
-                with closing(
-                    _requests_on_ray(index, storage, prompt)
-                ) as batches:  # reads no more where the cap ends it
+                # Closed, so that no more is read where the cap ends it.
+                with closing(_requests_on_ray(index, storage, prompt)) as batches:
                     asker.run(batches)
                 if not asker.capped:
                     asked(index.total)

@@ -15,8 +15,8 @@ from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
 from muser_dist.config import RunConfig, to_dict
-from muser_dist.data.rewriting import alone_in
 from muser_dist.errors import ClusterError
+from muser_dist.files import alone_in
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.following import Following
 from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_samples, plan, room

@@ -10,13 +10,13 @@ import pytest
 from muser_dist import Muser
 from muser_dist.data.decoder import decoder
 from muser_dist.data.pipeline import evaluation_chunks
-from muser_dist.data.rewriting import alone_in
 from muser_dist.data.rows import FileReader, RowReader, index_files
 from muser_dist.embed import job
 from muser_dist.embed.job import Collector
 from muser_dist.embed.parts import Manifest, Parts
 from muser_dist.embed.songs import SongReader, Wanted, encode_windows
 from muser_dist.errors import ConfigError, DataError
+from muser_dist.files import alone_in
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from muser_dist.search import Index

@@ -14,10 +14,11 @@ from muser_dist import Muser
 from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.config import FeaturesConfig
 from muser_dist.data.decoder import decoder
-from muser_dist.data.rewriting import alone_in, check_names
+from muser_dist.data.rewriting import check_names
 from muser_dist.data.windows import cut_consecutive
 from muser_dist.embed.features import Source, claim, make_features, write_features
 from muser_dist.errors import ConfigError, DataError
+from muser_dist.files import alone_in
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import bad_samples, encode, sample, tone, write_shard

@@ -9,9 +9,10 @@ import pytest
 
 from jobs.refine_text import job
 from muser_dist.cli import Progress
-from muser_dist.data.rewriting import alone_in, check_names
+from muser_dist.data.rewriting import check_names
 from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import ConfigError, DataError, MuserError
+from muser_dist.files import alone_in
 from muser_dist.refine.asker import Endpoint
 from muser_dist.refine.job import MANIFEST, claim, refine
 from muser_dist.refine.ledger import Prices

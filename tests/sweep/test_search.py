@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from muser_dist.data.rewriting import alone_in
 from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.files import alone_in
 from muser_dist.sweep.launch import asha, sweep
 from muser_dist.sweep.plan import plan
 from muser_dist.sweep.record import RECORD, Record
