@@ -113,8 +113,8 @@ def _check_dashboard() -> None:
     Ray Train asks it whether a trial that was stopped is gone, and only then gives back the CPUs of its workers.
     """
     try:
-        list_actors(limit=1)
-    except RayStateApiException:
+        list_actors(ray.get_runtime_context().gcs_address, limit=1)
+    except (RayStateApiException, ConnectionError, ValueError):
         raise ClusterError(
             "the dashboard of the Ray cluster does not answer, and without it trials that are stopped keep their CPUs; "
             "start the head node with --include-dashboard true, and with the port that it serves open to the driver"

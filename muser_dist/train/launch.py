@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -206,6 +207,10 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
         except ConnectionError:
             if address not in ("auto", "local"):
                 raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
+            # By its port, or Ray's processes would ask whichever cluster of this machine they find first.
+            port = _free_port() if dashboard else None
+            if port:
+                os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
             # As many logical CPUs as are asked for, however few there are: two workers on two
             # cores must leave a slot to decode, or the job would wait for itself.
             ray.init(
@@ -213,6 +218,7 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
                 num_cpus=math.ceil(runs * (most * t.cpus_per_worker + slots)),
                 resources={t.resource: runs * most} if t.resource else None,
                 include_dashboard=dashboard,
+                dashboard_port=port,
                 **quiet,
             )
             print(f"Started Ray on this machine: {runs * most} workers, {runs * slots} decoding slots", flush=True)
@@ -244,6 +250,12 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
             f"{least} workers reserve {needed:g} of the cluster's {cpus:g} CPUs, which leaves no slot to decode; "
             f"start Ray with --num-cpus {int(needed) + slots} or more, or lower --train.cpus-per-worker"
         )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def watchfulness(train: TrainConfig) -> dict[str, str]:
