@@ -141,7 +141,6 @@ def job(arguments: list[str]) -> None:
     else:
         rows = RowReader(index_shards(storage, storage.expand(options.shards, "shards"), "shards"), storage)
     parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, options.part_rows), made_by)
-    parts.claim()
     embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, progress)
     embedded, problems = parts.finish()
     print(f"{parts.manifest.rows:,} rows: {embedded:,} embedded; {problems:,} entries in {parts.quarantine}")

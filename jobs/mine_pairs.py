@@ -30,6 +30,7 @@ import tyro
 from muser_dist.cli import Progress, main
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import require
+from muser_dist.files import alone_in
 from muser_dist.interactions.log import load_layout
 from muser_dist.interactions.mining import MiningConfig, number
 from muser_dist.interactions.phases import Job, Phases
@@ -94,10 +95,11 @@ def job(arguments: list[str]) -> None:
     from muser_dist.train.preflight import provenance
 
     made_by = provenance(["python", "jobs/mine_pairs.py", *arguments])
-    phases.claim(made_by)
-    if not phases.summary_path.exists():
-        run_phases(phases, lambda phase: Progress(f"tasks of {phase!r}", every=2.0))
-    summary = phases.finish(made_by)
+    with alone_in(phases.folder):
+        phases.claim(made_by)
+        if not phases.summary_path.exists():
+            run_phases(phases, lambda phase: Progress(f"tasks of {phase!r}", every=2.0))
+        summary = phases.finish(made_by)
     print(f"{summary['rows']:,} rows: {summary['used']:,} used")
     for reason, rows in summary["left_out"].items():
         print(f"  {rows:,} left out: {reason}")

@@ -169,7 +169,7 @@ def parse_runs(arguments: list[str], program: str, load: Load = recipe_start) ->
         ConfigError: no recipe was given, or there is none of that name.
         SystemExit: after --help, or with status 2 for a wrong field; the nearest name is shown.
     """
-    start, overrides = _start(arguments, program)
+    start, overrides = _start(arguments, f"{program} RECIPE", RECIPES)
     name, default = load(start)
     what = (
         "The same command again goes on where it stopped. "
@@ -229,7 +229,7 @@ def parse_sweep(arguments: list[str], program: str) -> tuple[str, RunConfig, Swe
     Raises:
         ConfigError, SystemExit: as `parse_runs`.
     """
-    recipe, overrides = _start(arguments, program)
+    recipe, overrides = _start(arguments, f"{program} RECIPE --space SPACE", _without_stages())
     base = load_recipe(recipe)
     base = replace(base, data=replace(base.data, keep_clips=True))  # trials hear the same clips over and over
     parsed = _parse(
@@ -245,19 +245,24 @@ def parse_sweep(arguments: list[str], program: str) -> tuple[str, RunConfig, Swe
     return recipe, parsed.run, parsed.sweep
 
 
-def _start(arguments: list[str], program: str) -> tuple[str, list[str]]:
-    """The first argument, START or RECIPE, and the others."""
-    recipes = ", ".join(RECIPES)
+def _without_stages() -> list[str]:
+    """Recipes of one run, which sweeps are made of."""
+    return [name for name, recipe in RECIPES.items() if isinstance(recipe(), RunConfig)]
+
+
+def _start(arguments: list[str], command: str, recipes: Iterable[str]) -> tuple[str, list[str]]:
+    """The first argument, START or RECIPE, which may be one of these, and the others."""
+    recipes = list(recipes)
     if not arguments or arguments[0].startswith("-"):
         usage = (
-            f"usage: python {program} RECIPE [--field value ...]\n"
-            f"recipes: {recipes}, or your own function as package.module:function\n"
-            f"python {program} {next(iter(RECIPES))} --help explains every field"
+            f"usage: python {command} [--field value ...]\n"
+            f"recipes: {', '.join(recipes)}, or your own function as package.module:function\n"
+            f"python {command.split()[0]} {recipes[0]} --help explains every field"
         )
         if arguments and arguments[0] in ("-h", "--help"):
             print(usage)
             sys.exit(0)
-        near = get_close_matches(arguments[0].strip("-"), RECIPES, n=1) if arguments else []
+        near = get_close_matches(arguments[0].strip("-"), recipes, n=1) if arguments else []
         raise ConfigError(f"the first argument must be a recipe{f' ({near[0]}?)' if near else ''}\n{usage}")
     return arguments[0], arguments[1:]
 

@@ -113,11 +113,12 @@ def walk(file: BinaryIO) -> Iterator[Sample]:
     Raises:
         DataError: the file is no tar, or it breaks off or is damaged after the samples that
             were yielded; the message says at which byte.
+        OSError: it cannot be read.
     """
     headers: Any = _Headers(file)
     try:
         tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 (the file is the caller's to close)
-    except (OSError, *_MALFORMED) as error:
+    except _MALFORMED as error:
         raise DataError(f"is no tar archive ({error})") from None
     sample: Sample | None = None
     count = 0

@@ -40,7 +40,7 @@ TASK_ROWS = 64
 
 
 def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Callable[[int, int], None]) -> None:
-    """Makes the parts that are missing.
+    """Claims the folder of the parts, and makes those that are missing.
 
     Args:
         model: folder of the exported model; every node must see it, and the shards or files.
@@ -51,43 +51,46 @@ def embed(model: Path, songs: SongReader, parts: Parts, gpu: bool, progress: Cal
 
     Raises:
         ClusterError: no cluster answers, or it has no GPU or CPU.
+        ConfigError, DataError: as `Parts.claim`.
         DataError: the model that a node sees is another one, or another job works in the folder.
     """
-    manifest = parts.manifest
-    missing = parts.missing()
-    done = manifest.rows - sum(stop - first for first, stop in map(manifest.range, missing))
-    progress(done, manifest.rows)
-    if not missing:
-        return
-    ranges = [
-        (first, min(first + TASK_ROWS, end))
-        for begin, end in map(manifest.range, missing)
-        for first in range(begin, end, TASK_ROWS)
-    ]
-    collector = Collector(parts, songs.wanted)
-    with alone_in(parts.folder), connected():
-        encoder = Encoder(str(model), manifest.model, songs.wanted, "cuda" if gpu else "cpu")
-        while ranges:
-            cpus, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
-            if gpu and gpus < 1:
-                raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
-            if cpus < 1:
-                raise ClusterError("the cluster has no CPU that could decode; start nodes with --num-cpus")
-            before = done
-            try:
-                for result in results(ranges, songs, encoder, cpus, gpus if gpu else 0):
-                    if complete := collector.add(result):
-                        done += complete
-                        progress(done, manifest.rows)
-            except ray.exceptions.RayError as error:
-                if (cause := error_of_user(error)) is not None:
-                    raise cause from None
-                if not isinstance(error, DEATHS) or done == before:
-                    raise ClusterError(f"embedding ended: {str(error).strip().splitlines()[-1]}") from error
-                print("A node or process died; what it had in hand is made again", file=sys.stderr, flush=True)
-            assert done > before, "Ray says that all tasks ended, and nothing came"
-            ranges = collector.left(ranges)
-    assert collector.complete, "all tasks ended, and a part lacks rows"
+    with alone_in(parts.folder):
+        parts.claim()
+        manifest = parts.manifest
+        missing = parts.missing()
+        done = manifest.rows - sum(stop - first for first, stop in map(manifest.range, missing))
+        progress(done, manifest.rows)
+        if not missing:
+            return
+        ranges = [
+            (first, min(first + TASK_ROWS, end))
+            for begin, end in map(manifest.range, missing)
+            for first in range(begin, end, TASK_ROWS)
+        ]
+        collector = Collector(parts, songs.wanted)
+        with connected():
+            encoder = Encoder(str(model), manifest.model, songs.wanted, "cuda" if gpu else "cpu")
+            while ranges:
+                cpus, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
+                if gpu and gpus < 1:
+                    raise ClusterError("--gpu: the cluster has no GPU; leave it out, or start nodes that have some")
+                if cpus < 1:
+                    raise ClusterError("the cluster has no CPU that could decode; start nodes with --num-cpus")
+                before = done
+                try:
+                    for result in results(ranges, songs, encoder, cpus, gpus if gpu else 0):
+                        if complete := collector.add(result):
+                            done += complete
+                            progress(done, manifest.rows)
+                except ray.exceptions.RayError as error:
+                    if (cause := error_of_user(error)) is not None:
+                        raise cause from None
+                    if not isinstance(error, DEATHS) or done == before:
+                        raise ClusterError(f"embedding ended: {str(error).strip().splitlines()[-1]}") from error
+                    print("A node or process died; what it had in hand is made again", file=sys.stderr, flush=True)
+                assert done > before, "Ray says that all tasks ended, and nothing came"
+                ranges = collector.left(ranges)
+        assert collector.complete, "all tasks ended, and a part lacks rows"
 
 
 @lru_cache(maxsize=1)

@@ -106,6 +106,11 @@ def test_what_is_no_tar_says_so(content):
         list(walk(io.BytesIO(content)))
 
 
+def test_a_disk_that_fails_is_no_damage():
+    with open("/proc/self/mem", "rb") as file, pytest.raises(OSError, match="Input/output"):  # nothing is at its start
+        list(walk(file))
+
+
 def test_cut_at_every_block_it_yields_what_is_there_and_then_complains(tmp_path):
     path = write_shard(tmp_path / "s.tar", [(f"k{i}", sample(i)) for i in range(3)])
     whole = path.read_bytes()

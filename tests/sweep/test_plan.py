@@ -192,6 +192,15 @@ def test_options_of_the_sweep_and_of_its_runs_stand_side_by_side():
     assert not parse_sweep([*words, "--data.no-keep-clips"], "jobs/sweep.py")[1].data.keep_clips
 
 
+def test_what_can_be_swept_is_told(capsys):
+    with pytest.raises(SystemExit):
+        parse_sweep(["--help"], "jobs/sweep.py")
+    usage, recipes, help_ = capsys.readouterr().out.splitlines()
+    assert usage == "usage: python jobs/sweep.py RECIPE --space SPACE [--field value ...]"
+    assert "muser_tiny" in recipes and "clamp2" not in recipes  # which has stages
+    assert help_ == "python jobs/sweep.py tiny --help explains every field"
+
+
 def test_the_job_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     base_of(tmp_path)
     data = ["--data.train", f"{tmp_path}/data/train-*.tar", "--data.val", f"{tmp_path}/data/val-*.tar"]
