@@ -3,9 +3,9 @@
 python benchmarks/htcl_table.py --data $PDTUNES --work FOLDER --json OUT.json        writes OUT.md beside it
 
 Makes the log (jobs/make_listeners.py with its defaults) and its pairs (jobs/mine_pairs.py), trains the recipe htcl_tiny
-with several seeds, the second stage also without L1, without L3, and with liked songs left out of the negatives; and
-scores songs that have no interaction in training. Runs are processes of one thread, as many at a time as --processes.
-What is done lies in --work: the same command goes on.
+with several seeds, and with the first one the second stage also without L1, without L3, and with liked songs left out
+of the negatives; and scores songs that have no interaction in training. Runs are processes of one thread, as many at a
+time as --processes. What is done lies in --work: the same command goes on.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from record import provenance, say, write
 from runs import start
 
 from muser_dist.config import EvaluateConfig, RunConfig, Stages
+from muser_dist.data.config import AugmentConfig
 from muser_dist.data.corpora.listeners import LOG, SIMULATED, TRUTH
 from muser_dist.data.corpora.tastes import Truth
 from muser_dist.evaluate.embedding import Embedded
@@ -55,18 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     _make_pairs(options)
     seeds = range(options.seeds)
-    for variants in ((STAGE_1,), (STAGE_2, *ABLATIONS)):  # the second from the first
-        jobs = [(variant, seed) for variant in variants for seed in seeds]
+    runs = [(variant, seed) for seed in seeds for variant in _variants(seed)]
+    for first in (True, False):  # the second stage goes on from the first
+        jobs = [job for job in runs if (job[0] == STAGE_1) == first]
         start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/htcl_table.py", words, ("torch", "transformers", "implicit", "numpy"))
-    results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch}
+    results |= {"gpu": None, "samples_of_stage_1": options.samples_of_stage_1, "samples": options.samples}
+    results |= {"global_batch": options.global_batch}
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
         json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
-        for variant in VARIANTS
-        for seed in seeds
+        for variant, seed in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
     ]
     results["comparison"] = compared(
         [folder_of(options, STAGE_2, seed), folder_of(options, STAGE_1, seed)] for seed in seeds
@@ -81,7 +83,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for log, models and scores, which are kept")
     parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--samples", type=int, default=32_768, help="that each stage trains on")
+    parser.add_argument("--samples-of-stage-1", type=int, default=65_536, help="that the first stage trains on")
+    parser.add_argument("--samples", type=int, default=32_768, help="that each second stage trains on")
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
@@ -94,7 +97,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def folder_of(options: argparse.Namespace, variant: str, seed: int) -> Path:
     """What a run leaves behind; other budgets have other folders."""
     name = variant.replace(" ", "-").replace(",", "")
-    return options.work / f"{name}-{options.samples}-{options.global_batch}-{seed}"
+    budget = f"{options.samples_of_stage_1}" + (f"-{options.samples}" if variant != STAGE_1 else "")
+    return options.work / f"{name}-{budget}-{options.global_batch}-{seed}"
+
+
+def _variants(seed: int) -> tuple[str, ...]:
+    return VARIANTS if seed == 0 else (STAGE_1, STAGE_2)
 
 
 def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig:
@@ -103,6 +111,7 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
     assert isinstance(recipe, Stages)
     base = recipe.stages[0 if variant == STAGE_1 else 1].config
     model, objective = base.model, base.objective
+    samples = options.samples_of_stage_1 if variant == STAGE_1 else options.samples
     data = replace(
         base.data,
         train=(f"{options.data}/pdtunes-train-*.tar",),
@@ -110,6 +119,9 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
         templates=TEMPLATES,
         keep_clips=True,
         cache_folder=str(options.work / "clips"),
+        # What the instrument tells apart needs no ear for the meter: half of what texts state is left out.
+        field_dropout=0.5,
+        augment=AugmentConfig(shift=0.5, gain=0.5, noise=0.3, low_pass=0.3),
     )
     if variant != STAGE_1:
         data = replace(data, pairs=str(options.work / "pairs" / "pairs"))
@@ -127,8 +139,8 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
         train=replace(
             base.train,
             workers=1,
-            samples=options.samples // options.global_batch * options.global_batch,
-            warmup_samples=options.samples // 16,
+            samples=samples // options.global_batch * options.global_batch,
+            warmup_samples=samples // 16,
             global_batch=options.global_batch,
             chunk=options.global_batch,
         ),
@@ -163,7 +175,7 @@ def _recommend(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     log = pq.read_table(options.work / LOG)
     truth = Truth.load(options.work / TRUTH)
     start = json.loads(log.schema.metadata[SIMULATED])["test_start"]
-    rows = {variant: Embedded.load(folder_of(options, variant, seed) / EMBEDDINGS) for variant in VARIANTS}
+    rows = {variant: Embedded.load(folder_of(options, variant, seed) / EMBEDDINGS) for variant in _variants(seed)}
     tables = {variant: _by_key(of, of.joint["spectrogram"], of.valid["spectrogram"]) for variant, of in rows.items()}
     first = rows[STAGE_1]
     tables["text only"] = _by_key(first, first.joint["text"], first.valid["text"])

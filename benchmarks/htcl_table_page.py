@@ -16,8 +16,9 @@ def page(results: dict[str, Any], name: str) -> str:
     minutes = sum(row["seconds"] for row in results["rows"]) / 60
     parts = [
         head("HTCL with simulated listeners", results, name),
-        f"**{seeds[0]['simulated']['note']}** Each stage trains on {results['samples']:,} clips in steps of "
-        f"{results['global_batch']}, {len(seeds)} seeds; {minutes:.0f} minutes of training and embedding in all, one "
+        f"**{seeds[0]['simulated']['note']}** The first stage trains on {results['samples_of_stage_1']:,} clips, each "
+        f"second one on {results['samples']:,} more, in steps of {results['global_batch']}; {len(seeds)} seeds, of "
+        f"ablations one; {minutes:.0f} minutes of training and embedding in all, one "
         "thread each. Figures are means over seeds, with the least and the greatest. A user is the mean of the clips "
         "taken in training; candidates are cold: clips without any interaction before the test period. *facts* "
         "are what these listeners like clips for, one-hot and whitened: no model that hears knows more. Counts of the "
@@ -38,27 +39,33 @@ def page(results: dict[str, Any], name: str) -> str:
 
 def _recommendation(seeds: list[dict[str, Any]], candidates: str) -> str:
     columns = ("NDCG@10", "HR@10", "MRR", "AUC", "coverage@10")
-    wanted = [
-        [row for row in seed["rows"] if (row["query"], row["candidates_are"]) == (_QUERY, candidates)] for seed in seeds
-    ]
+    rows = [row for seed in seeds for row in seed["rows"] if row["candidates_are"] == candidates]
     lines = [
-        [of_seeds[0]["method"], *(spread([row[column] for row in of_seeds]) for column in columns)]
-        for of_seeds in zip(*wanted, strict=True)
+        [method, *(spread([row[column] for row in of_seeds]) for column in columns)]
+        for method, of_seeds in _by_method(rows).items()
     ]
     return table(["", *columns], lines)
 
 
 def _gaps(seeds: list[dict[str, Any]]) -> str:
-    wanted = [[gap for gap in seed["gap_closed"] if gap["query"] == _QUERY] for seed in seeds]
     lines = [
         [
-            of_seeds[0]["method"],
+            method,
             spread([gap["value"] for gap in of_seeds]),
             "; ".join(f"{gap['interval'][0]:.3f} to {gap['interval'][1]:.3f}" for gap in of_seeds if gap["interval"]),
         ]
-        for of_seeds in zip(*wanted, strict=True)
+        for method, of_seeds in _by_method([gap for seed in seeds for gap in seed["gap_closed"]]).items()
     ]
     return table(["", "share", "95 % interval over users, by seed"], lines)
+
+
+def _by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What was measured of each method, by seed: not all have been trained with every seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["query"] == _QUERY:
+            found.setdefault(row["method"], []).append(row)
+    return found
 
 
 def _semantics(rows: list[dict[str, Any]]) -> str:
