@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -114,7 +114,7 @@ def job(arguments: list[str]) -> None:
         fitted = embed(model, more, train, storage, Progress("training rows embedded"), options.keep)
     per_row: PerRow = {}
     probing = Probing(options.probe_on, options.probes, options.seeds)
-    evaluation = {"model": options.model, "data": list(options.val), "trained_on": list(options.train)}
+    evaluation: dict[str, Any] = {"model": options.model, "data": list(options.val), "trained_on": list(options.train)}
     evaluation |= score(model, config, test, fitted, probing, per_row, Progress("fields probed"))
     print(describe(evaluation))
     if other:

@@ -13,9 +13,10 @@ one stopped. It runs on this machine's cores, or on the Ray cluster that RAY_ADD
 
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -289,7 +290,7 @@ class Index:
         print(f"{self.folder / SIDECAR}: {sum(rows.values()):,} rows in {len(rows):,} shards")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "table": Table,
     "folder": Folder,
