@@ -90,6 +90,10 @@ def describe_set(report: dict[str, Any]) -> Iterable[str]:
     for problem in report["problems"]:
         yield f"{problem['rows']:>9,}  {problem['kind']}"
         yield f"           first: {place(problem)}: {problem['reason']}"
+    if report["notation"]:
+        yield ""
+        counts = ", ".join(f"{extension} {rows:,}" for extension, rows in report["notation"].items())
+        yield f"== notation, not looked into: {counts}"
     yield ""
     yield f"== audio: {audio['hours']:,.2f} hours"
     for title, name, unit in (("format", "formats", ""), ("rate", "sample_rates", " Hz"), ("channels", "channels", "")):

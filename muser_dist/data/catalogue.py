@@ -22,6 +22,7 @@ from muser_dist.data.leakage import file_id, title_id
 from muser_dist.data.rows import Row, RowReader
 from muser_dist.data.shards import ShardIndex, read_sidecar
 from muser_dist.data.storage import Storage
+from muser_dist.data.symbolic.members import is_notation
 from muser_dist.data.tar import walk
 from muser_dist.data.text import TextPolicy, check_templates, read_fields, text_id
 from muser_dist.errors import DataError
@@ -54,8 +55,9 @@ class Catalogue:
         damage: why each shard could not be read to its end; None where it could.
         bytes: size of all shards.
         formats: rows by extension and by what their headers say: (extension, Hz, channels).
+        notation: rows by extension of a member that holds notation; what is in it is not looked at.
         problems: by kind of reason.
-        usable: rows with audio and text.
+        usable: rows with text, and audio that can be decoded or notation.
         seconds: (n,) float32, length by the header; NaN where it is not known.
         file, title, text: (n,) int64, ids of the encoded audio, of title and artist, and of the facts
             that the first template states; -1 where the row has none.
@@ -73,6 +75,7 @@ class Catalogue:
     damage: list[str | None]
     bytes: int
     formats: Counter[tuple[str, int, int]]
+    notation: Counter[str]
     problems: dict[str, Problem]
     usable: int
     seconds: np.ndarray
@@ -114,6 +117,7 @@ class Catalogue:
             damage=[damage for part in parts for damage in part.damage],
             bytes=sum(part.bytes for part in parts),
             formats=sum((part.formats for part in parts), Counter()),
+            notation=sum((part.notation for part in parts), Counter()),
             problems=problems,
             usable=sum(part.usable for part in parts),
             ends=np.concatenate(ends),
@@ -196,6 +200,7 @@ def _scan_shard(storage: Storage, url: str, indexed: int | None, policy: TextPol
         damage=[damage],
         bytes=size,
         formats=found.formats,
+        notation=found.notation,
         problems=found.problems,
         usable=found.usable,
         seconds=np.array(found.seconds, np.float32),
@@ -213,6 +218,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.formats: Counter[tuple[str, int, int]] = Counter()
+        self.notation: Counter[str] = Counter()
         self.problems: dict[str, Problem] = {}
         self.usable = 0
         self.seconds: list[float] = []
@@ -231,18 +237,21 @@ class _Found:
         if row.problem is not None:
             self._report(row.problem)
             return
+        written = [extension for extension in row.extensions if is_notation(f".{extension}")]
+        self.notation.update(written)
         heard = stated = False
-        try:
-            self._hear(row)
-            heard = True
-        except (DataError, OSError) as error:
-            self._report(str(error))
+        if row.audio or not written:
+            try:
+                self._hear(row)
+                heard = True
+            except (DataError, OSError) as error:
+                self._report(str(error))
         try:
             self._read(row, policy)
             stated = True
         except (DataError, OSError) as error:
             self._report(str(error))
-        self.usable += heard and stated
+        self.usable += stated and (heard or bool(written))
 
     def _hear(self, row: Row) -> None:
         isolated = decoder(_EXCERPT)

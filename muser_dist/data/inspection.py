@@ -26,8 +26,9 @@ def inspect(catalogue: Catalogue, batch: int) -> dict[str, Any]:
     Returns:
         shards: how many, their bytes and rows; those that break off, and those whose index counts
             otherwise. `looked_at` is the number of rows that all that follows is about.
-        usable: rows with audio and text.
+        usable: rows with text, and audio that can be decoded or notation.
         problems: for each kind of reason the number of rows, and the first one. A row may have two.
+        notation: rows by extension of a member that holds notation; what is in it is not looked at.
         audio: hours by the headers, rows by format, rate and channels, seconds of the clips.
         fields: for each metadata field the share of rows that have it, the number of distinct
             values and the most frequent ones with their rows, as far as they occur twice.
@@ -43,6 +44,7 @@ def inspect(catalogue: Catalogue, batch: int) -> dict[str, Any]:
             {"kind": kind, "rows": problem.rows, "reason": problem.reason, **_name(catalogue, problem.row)}
             for kind, problem in sorted(catalogue.problems.items(), key=lambda item: (-item[1].rows, item[0]))
         ],
+        "notation": dict(catalogue.notation.most_common()),
         "audio": _audio(catalogue),
         "fields": {name: _field(catalogue, name, looked) for name in sorted(catalogue.fields)},
         "copies": {

@@ -223,6 +223,19 @@ def test_languages_and_lists_are_fields_of_their_own(tmp_path):
     }
 
 
+def test_a_row_of_notation_needs_no_audio(tmp_path):
+    tune = {"abc": b"K:D\nDEFG|", "json": sample(0)["json"]}
+    rows = {"scored": tune, "both": sample(1) | {"mid": b"MThd"}, "silent": {"json": sample(2)["json"]}}
+    rows["unsaid"] = {"abc": tune["abc"]}
+    write_shard(tmp_path / "a.tar", list(rows.items()))
+    report = inspect(catalogue(f"{tmp_path}/a.tar"), 2)
+    assert (report["usable"], report["notation"]) == (2, {"abc": 2, "mid": 1})
+    assert {problem["kind"]: problem["key"] for problem in report["problems"]} == {
+        "no audio member": "silent",
+        "no .json and no .txt member": "unsaid",
+    }
+
+
 def test_some_rows_of_each_shard(tmp_path):
     found = catalogue(write_shards(tmp_path, [6, 3]), "{instrument}", rows=4)
     report = inspect(found, 4)
