@@ -30,10 +30,12 @@ TEMPLATES = (
     "{caption}",
 )
 SEEDS = {"muser": 3, "muser_audio_text": 3, "muser_audio_only": 3, "muser_paper": 1, "muser_code": 1, "clmr": 1}
+SEEDS |= {"muser_symbolic": 1}
 UNTRAINED = "untrained"
 # Of the small towers it learns most from as much computing (benchmarks/LOG.md).
 AUDIO = TowerConfig("htcl_audio", {"width": 128, "depth": 2, "heads": 4, "channels": 128, "mels": 64, "hop": 320})
 DIMS = [16, 32, 64, 128]
+NOTATION = TowerConfig("m3", {"width": 128, "depth": 3, "heads": 4})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [folder_of(options, "muser", seed), folder_of(options, "muser_audio_text", seed)]
         for seed in range(SEEDS["muser"])
     )
+    results["with_notation"] = compared([[folder_of(options, recipe, 0) for recipe in ("muser_symbolic", "muser")]])
     write(options.json, results, page(results, options.json.name))
 
 
@@ -104,6 +107,8 @@ def config_of(options: argparse.Namespace, recipe: str, seed: int) -> RunConfig:
         towers["audio"] = AUDIO
     if "text" in towers:
         towers["text"] = TowerConfig("text", {"width": 128, "depth": 2, "heads": 4})
+    if "symbolic" in towers:
+        towers["symbolic"] = NOTATION
     data = replace(
         base.data,
         train=(f"{options.data}/pdtunes-train-*.tar",),
@@ -115,6 +120,7 @@ def config_of(options: argparse.Namespace, recipe: str, seed: int) -> RunConfig:
         tokenizer="words",
         vocabulary=16_384,
         max_tokens=32,
+        symbolic=replace(base.data.symbolic, max_patches=128),
         keep_clips=True,
         cache_folder=str(options.work / "clips"),
     )

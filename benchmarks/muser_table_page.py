@@ -7,6 +7,8 @@ from record import head, table
 
 Rows = list[dict[str, Any]]
 
+TOWERS = ("audio", "spectrogram", "symbolic")
+
 
 def page(results: dict[str, Any], name: str) -> str:
     """The results in Markdown."""
@@ -34,6 +36,8 @@ def page(results: dict[str, Any], name: str) -> str:
         _few_shot(by_recipe),
         "## muser minus muser_audio_text, row by row",
         differences(results["comparison"]),
+        "## muser_symbolic minus muser, row by row",
+        differences(results["with_notation"]),
         "## Loss",
         _curves(by_recipe),
     ]
@@ -53,7 +57,7 @@ def _probes(by_recipe: dict[str, Rows], floor: dict[str, Any]) -> str:
     lines = [["floor", "", *(_with_interval(floor[field]) for field in fields)]]
     lines.append(["majority", "", *(f"{floor[field]['majority']:.3f}" for field in fields)])
     for recipe, rows in by_recipe.items():
-        for modality in ("audio", "spectrogram"):
+        for modality in TOWERS:
             if modality in rows[0]["probes"][fields[0]]:
                 found = [[row["probes"][field][modality]["linear"] for row in rows] for field in fields]
                 cells = [
@@ -72,7 +76,7 @@ def _with_interval(scores: dict[str, Any]) -> str:
 def _zero_shot(by_recipe: dict[str, Rows]) -> str:
     lines, fields = [], list(next(iter(by_recipe.values()))[0]["zero_shot"])
     for recipe, rows in by_recipe.items():
-        for modality in ("audio", "spectrogram"):
+        for modality in TOWERS:
             values = [
                 [row["zero_shot"][field][modality]["accuracy"] for row in rows if field in row["zero_shot"]]
                 for field in fields
@@ -89,7 +93,7 @@ def row_modalities(row: dict[str, Any]) -> set[str]:
 
 
 def _retrieval(by_recipe: dict[str, Rows]) -> str:
-    directions = list(next(iter(by_recipe.values()))[0]["retrieval"])
+    directions = list(dict.fromkeys(direction for rows in by_recipe.values() for direction in rows[0]["retrieval"]))
     lines = []
     for recipe, rows in by_recipe.items():
         if rows[0]["retrieval"]:
