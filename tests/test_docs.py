@@ -141,11 +141,11 @@ def test_the_commands_of_the_page_on_clamp(address, tmp_path, monkeypatch):
     for name, data in {"jig.abc": abc(1), "jig.mid": midi(1), "sheet.musicxml": sheet}.items():
         (tmp_path / name).write_bytes(data)
     np.save(tmp_path / "song.npy", np.random.default_rng(0).standard_normal((3, 128)).astype(np.float16))
-    (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", CLAMP.read_text(), re.S)
+    (own,) = re.findall(r"```python\n((?:(?!```).)*def direct.*?)```", CLAMP.read_text(), re.S)
     (tmp_path / "my_recipes.py").write_text(own)
     trial = "--train.samples 32 --train.global-batch 8 --train.chunk 4 --train.warmup-samples 8"
     run_blocks(re.sub(r"pretrain\.py (\S+) ", rf"pretrain.py \1 {trial} ", CLAMP.read_text()), tmp_path, address)
-    scores = json.loads((tmp_path / "runs" / "align" / "evaluation.json").read_text())
+    scores = json.loads((tmp_path / "runs" / "direct" / "evaluation.json").read_text())
     assert {"text->symbolic", "text->notation", "symbolic->notation"} <= scores["retrieval"].keys()
     bridged = json.loads((tmp_path / "runs" / "clamp3" / "repair" / "evaluation.json").read_text())
     assert {"features->symbolic", "symbolic->features"} <= bridged["retrieval"].keys()
