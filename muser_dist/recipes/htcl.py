@@ -35,9 +35,7 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
 
     What is not as released: padding is not heard; the gradient of negatives on other workers counts; the heads of stage
     1 are kept, where the released script draws new ones, as are learning rates that fall to 0 with half a cosine. And
-    rows whose texts state the same facts match; where no text repeats, that changes nothing. In "tiny" the temperatures
-    of pairs of songs start at 0.5: that one listener liked two songs says so little of them that a small batch at 0.07
-    teaches nothing (benchmarks/LOG.md).
+    rows whose texts state the same facts match; where no text repeats, that changes nothing.
     """
     tiny = size == "tiny"
     width, depth, heads, channels = (128, 2, 4, 128) if tiny else (768, 12, 12, 512)
@@ -99,12 +97,7 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
     preference = replace(
         semantic,
         model=replace(semantic.model, **towers),
-        objective=replace(
-            semantic.objective,
-            pairs=PREFERENCE,
-            # Of the two new pairs; that of sound and text goes on as it was.
-            temperature=replace(semantic.objective.temperature, init=0.5) if tiny else semantic.objective.temperature,
-        ),
+        objective=replace(semantic.objective, pairs=PREFERENCE),
     )
     return Stages((Stage("semantic", semantic), Stage("preference", preference)))
 
