@@ -65,7 +65,7 @@ def compare_rows(first: PerRow, second: PerRow) -> dict[str, Any]:
         if not np.array_equal(ids, other_ids) or ours.shape != theirs.shape:
             left_out[name] = f"the {len(ids)} rows (or their texts) are not the other's {len(other_ids)}"
             continue
-        for figure, of in _figures(name, ours).items():
+        for figure, of in _figures(name, ours, theirs).items():
             figures[f"{name}: {figure}"] = compare(ours, theirs, of)
     if not figures:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -91,8 +91,8 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
     return "\n".join([*table(columns, rows), *lines])
 
 
-def _figures(name: str, rows: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
-    """What can be made of some rows' results.
+def _figures(name: str, rows: np.ndarray, others: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
+    """What can be made of some rows' results, of either of two models.
 
     Their columns: of retrieval, the rank of the best answer and average precision; of classes, the true and the
     predicted one; of tags, (n, 2, tags), whether the row has them and their scores.
@@ -105,7 +105,8 @@ def _figures(name: str, rows: np.ndarray) -> dict[str, Callable[[np.ndarray], fl
         }
     if rows.ndim == 3:
         return {key: _of_tags(key) for key in ("roc_auc", "pr_auc")}
-    classes = int(rows.max()) + 1 if len(rows) else 1
+    # The other model may predict a class that this one never does.
+    classes = int(max(rows.max(), others.max())) + 1 if len(rows) else 1
     return {"accuracy": lambda of: float((of[:, 0] == of[:, 1]).mean()), "macro F1": _macro_f1(classes)}
 
 

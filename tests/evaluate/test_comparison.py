@@ -45,6 +45,17 @@ def test_figures_of_both_models_and_their_difference(tmp_path):
     assert "zero-shot kind by audio: accuracy" in describe_comparison(comparison)
 
 
+def test_either_model_may_predict_a_class_that_the_other_never_does():
+    truth = np.array([0, 0, 1, 1])
+    guesses = {"few": np.array([0, 1, 1, 1]), "more": np.array([0, 2, 1, 3])}
+    few, more = ({"zero-shot kind": (np.arange(4), np.stack([truth, of], axis=1))} for of in guesses.values())
+    for first, second, names in ((few, more, ("few", "more")), (more, few, ("more", "few"))):
+        found = compare_rows(first, second)["figures"]["zero-shot kind: macro F1"]
+        for figure, name in (("first", names[0]), ("second", names[1])):
+            expected = f1_score(truth, guesses[name], average="macro", labels=[0, 1], zero_division=0)
+            assert found[figure] == pytest.approx(expected)
+
+
 def test_only_the_same_rows_are_compared():
     rows = results(0, 0.5)
     kind, tags, places = rows
