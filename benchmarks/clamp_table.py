@@ -17,6 +17,7 @@ from pathlib import Path
 
 from clamp_table_page import page
 from clamp_table_run import header_copy, pretrain, run
+from muser_table import without_classes
 from muser_table_run import compared
 from record import provenance, write
 from runs import start
@@ -125,7 +126,7 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
 
 
 def _scores(options: argparse.Namespace, variant: str, seed: int) -> dict:
-    return json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
+    return without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
 
 
 if __name__ == "__main__":

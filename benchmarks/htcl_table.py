@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from htcl_table_page import page
+from muser_table import without_classes
 from muser_table_run import EMBEDDINGS, compared, run
 from record import provenance, say, write
 from runs import start
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results |= {"global_batch": options.global_batch}
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
-        json.loads((folder_of(options, variant, seed) / "scores.json").read_text())
+        without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
         for variant, seed in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
     ]
     results["comparison"] = compared(
