@@ -134,7 +134,7 @@ def test_texts_in_many_scripts_find_themselves():
 
 def test_the_commands_of_the_page_name_recipes_and_options_that_exist(monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "clamp.md").read_text()
-    (own,) = re.findall(r"```python\n((?:(?!```).)*def align.*?)```", page, re.S)
+    (own,) = re.findall(r"```python\n((?:(?!```).)*def direct.*?)```", page, re.S)
     module = ModuleType("my_recipes")
     exec(own, module.__dict__)
     monkeypatch.setitem(sys.modules, "my_recipes", module)
