@@ -17,8 +17,7 @@ from pathlib import Path
 
 from clamp_table_page import page
 from clamp_table_run import header_copy, pretrain, run
-from muser_table import without_classes
-from muser_table_run import compared
+from muser_table_run import compared, without_classes
 from record import provenance, write
 from runs import start
 

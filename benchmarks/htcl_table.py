@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from htcl_table_page import page
-from muser_table import without_classes
-from muser_table_run import EMBEDDINGS, compared, run
+from muser_table_run import EMBEDDINGS, compared, run, without_classes
 from record import provenance, say, write
 from runs import start
 

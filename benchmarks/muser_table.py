@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from muser_table_page import page
-from muser_table_run import compared, run
+from muser_table_run import compared, run, without_classes
 from record import provenance, write
 from runs import start
 
@@ -29,8 +28,15 @@ TEMPLATES = (
     "{instrument}, {type}, {mode}, {meter}",
     "{caption}",
 )
-SEEDS = {"muser": 3, "muser_audio_text": 3, "muser_audio_only": 3, "muser_paper": 1, "muser_code": 1, "clmr": 1}
-SEEDS |= {"muser_symbolic": 1}
+SEEDS = {
+    "muser": 3,
+    "muser_audio_text": 3,
+    "muser_audio_only": 3,
+    "muser_paper": 1,
+    "muser_code": 1,
+    "muser_symbolic": 1,
+    "clmr": 1,
+}
 UNTRAINED = "untrained"
 # Of the small towers it learns most from as much computing (benchmarks/LOG.md).
 AUDIO = TowerConfig("htcl_audio", {"width": 128, "depth": 2, "heads": 4, "channels": 128, "mels": 64, "hop": 320})
@@ -78,17 +84,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.given = list(sys.argv[1:] if argv is None else argv)
     return options
-
-
-def without_classes(scores: Any) -> Any:
-    """Scores without what they say of single classes and of single draws, which nobody reads in a table of runs."""
-    if not isinstance(scores, dict):
-        return scores
-    kept = {name: without_classes(value) for name, value in scores.items() if name not in _OF_CLASSES}
-    return kept | {"points": [without_classes(point) for point in scores["points"]]} if "points" in scores else kept
-
-
-_OF_CLASSES = ("classes", "counts", "confusion", "values")
 
 
 def folder_of(options: argparse.Namespace, recipe: str, seed: int) -> Path:

@@ -68,6 +68,17 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     (folder / "scores.json").write_text(json.dumps(json.loads(known.read_text()) | scores))
 
 
+def without_classes(scores: Any) -> Any:
+    """Scores without what they say of single classes and of single draws, which nobody reads in a table of runs."""
+    if not isinstance(scores, dict):
+        return scores
+    kept = {name: without_classes(value) for name, value in scores.items() if name not in _OF_CLASSES}
+    return kept | {"points": [without_classes(point) for point in scores["points"]]} if "points" in scores else kept
+
+
+_OF_CLASSES = ("classes", "counts", "confusion", "values")
+
+
 def compared(folders: Iterable[list[Path]]) -> list[dict[str, Any]]:
     """The first of each two runs' folders against the second, row by row; by seed, where both are there."""
     paths = [[folder / "rows.npz" for folder in two] for two in folders]
