@@ -82,8 +82,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for log, models and scores, which are kept")
     parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--samples-of-stage-1", type=int, default=81_920, help="that the first stage trains on")
-    parser.add_argument("--samples", type=int, default=32_768, help="that each second stage trains on")
+    parser.add_argument("--samples-of-stage-1", type=int, default=131_072, help="that the first stage trains on")
+    parser.add_argument("--samples", type=int, default=65_536, help="that each second stage trains on")
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
@@ -109,7 +109,7 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
     recipe = find_recipe("htcl_tiny")
     assert isinstance(recipe, Stages)
     base = recipe.stages[0 if variant == STAGE_1 else 1].config
-    model, objective = base.model, base.objective
+    objective = base.objective
     samples = options.samples_of_stage_1 if variant == STAGE_1 else options.samples
     data = replace(
         base.data,
@@ -123,16 +123,16 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
     )
     if variant != STAGE_1:
         data = replace(data, pairs=str(options.work / "pairs" / "pairs"))
-        model = replace(model, start=str(folder_of(options, STAGE_1, seed)))
         semantic, partner, fused = objective.pairs
         pairs = {ABLATIONS[0]: (partner, fused), ABLATIONS[1]: (semantic, partner)}.get(variant, objective.pairs)
         objective = replace(objective, pairs=pairs, exclude_liked=variant == ABLATIONS[2])
-    return replace(
+    folder = folder_of(options, variant, seed)
+    config = replace(
         base,
-        name=variant,
+        storage=str(folder.parent),
+        name=folder.name,
         seed=seed,
         data=data,
-        model=model,
         objective=objective,
         train=replace(
             base.train,
@@ -144,6 +144,9 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
         ),
         evaluate=EvaluateConfig(fields=FIELDS),
     )
+    if variant == STAGE_1:
+        return config
+    return config.starting_from(config_of(options, STAGE_1, seed), recipe.stages[1].takes)
 
 
 def _make_pairs(options: argparse.Namespace) -> None:

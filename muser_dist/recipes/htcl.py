@@ -33,14 +33,18 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
     of 384 and 192 units to 100 dimensions, temperatures that start at exp(-2.6). The sample rate is not published. BERT
     and its tokenizer come from the hub, or from a folder (--data.tokenizer, --model.text.options.model FOLDER).
 
-    What is not as released: padding is not heard; the gradient of negatives on other workers counts; the heads of stage
-    1 are kept, where the released script draws new ones, as are learning rates that fall to 0 with half a cosine. And
-    rows whose texts state the same facts match; where no text repeats, that changes nothing.
+    What is not as released: padding is not heard; the gradient of negatives on other workers counts; learning rates
+    fall to 0 with half a cosine. And rows whose texts state the same facts match; where no text repeats, that changes
+    nothing.
+
+    "tiny" is for two cores, from random weights. Its first stage has linear heads, with which small towers hear more;
+    the second leaves the towers as they are, so that new heads weigh what is heard by what is liked, and starts at
+    temperatures of 0.5, since a pair of liked songs says far less than a text does (benchmarks/LOG.md, 2026-11-26).
     """
     tiny = size == "tiny"
     width, depth, heads, channels = (128, 2, 4, 128) if tiny else (768, 12, 12, 512)
-    # 128 ms every 96 ms, of two minutes; a small model hears ten seconds in 32 ms steps.
-    spectrogram = {"mels": 64, "window": 1024, "hop": 512} if tiny else {"mels": 128, "window": 2048, "hop": 1536}
+    # 128 ms every 96 ms, of two minutes; a small model hears eight seconds in 20 ms steps.
+    spectrogram = {"mels": 64, "window": 1024, "hop": 320} if tiny else {"mels": 128, "window": 2048, "hop": 1536}
     sound = TowerConfig(
         "htcl_audio", {"width": width, "depth": depth, "heads": heads, "channels": channels} | spectrogram, head_lr=1e-4
     )
@@ -52,7 +56,7 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
     semantic = RunConfig(
         data=DataConfig(
             sample_rate=16_000,
-            crop_seconds=10.0 if tiny else 120.0,
+            crop_seconds=8.0 if tiny else 120.0,
             # Metadata, one after the other.
             templates=("{title}, {artist}, {genre}, {language}, {tags}", "{type}, {mode}, {meter}", "{caption}"),
             tokenizer="words" if tiny else _BERT,
@@ -81,25 +85,25 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
         ),
         evaluate=EvaluateConfig(fields=("genre", "language", "instrument", "type", "meter", "mode")),
     )
-    if tiny:  # from random weights
-        semantic = replace(
-            semantic,
-            model=replace(
-                semantic.model,
-                spectrogram=replace(sound, lr=None, head_lr=None),
-                text=replace(text, lr=None, head_lr=None),
-            ),
-            train=replace(semantic.train, lr=1e-3, clip_norm=1.0),
-        )
-    towers: dict[str, Any] = {
-        name: replace(tower, lr=1e-4 if tiny else 1e-5) for name, tower in semantic.model.towers().items()
-    }
+    towers: dict[str, Any] = {name: replace(tower, lr=1e-5) for name, tower in semantic.model.towers().items()}
     preference = replace(
         semantic,
         model=replace(semantic.model, **towers),
         objective=replace(semantic.objective, pairs=PREFERENCE),
     )
-    return Stages((Stage("semantic", semantic), Stage("preference", preference)))
+    if tiny:
+        towers = {name: replace(tower, lr=None, head_lr=None) for name, tower in towers.items()}
+        frozen: dict[str, Any] = {name: replace(tower, freeze=True) for name, tower in towers.items()}
+        train = replace(semantic.train, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, clip_norm=1.0)
+        weak = replace(preference.objective.temperature, init=0.5)
+        semantic = replace(semantic, model=replace(semantic.model, **towers, projection_hidden=()), train=train)
+        preference = replace(
+            preference,
+            model=replace(preference.model, **frozen),
+            objective=replace(preference.objective, temperature=weak),
+            train=train,
+        )
+    return Stages((Stage("semantic", semantic), Stage("preference", preference, "towers")))
 
 
 _BERT = "google-bert/bert-base-multilingual-uncased"
