@@ -100,14 +100,16 @@ class NumbersOnDemand(BackpressurePolicy):
         return all(self._topology[after].total_enqueued_input_blocks() < self._left for after in op.output_dependencies)
 
 
-def set_context(slots: int) -> None:
+def set_context(slots: int, blocks: int = 2) -> None:
     """Sets this process's DataContext, which datasets made afterwards take along.
 
     Args:
         slots: tasks that run at a time.
+        blocks: that a task may have made before one of them is fetched; Ray counts as many for each task that runs.
     """
     context = ray.data.DataContext.get_current()
     context.set_config(_SLOTS, slots)
+    context._max_num_blocks_in_streaming_gen_buffer = blocks
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False
@@ -130,11 +132,10 @@ def execution_options(buffer_mib: int, block_bytes: int, slots: int, workers: in
         slots: tasks that run at a time.
         workers: consumers.
     """
-    # Ray counts a task's blocks when it fetches them; until then a task may have two. And it counts them no more
-    # when a worker has them: the one in use and two that wait (train/loop.py).
-    uncounted = (2 * slots + 3 * workers) * block_bytes
+    # Ray counts blocks no more when a worker has them: the one in use and two that wait (train/loop.py).
+    uncounted = 3 * workers * block_bytes
     limits = ray.data.ExecutionResources(
-        object_store_memory=max((buffer_mib << 20) - uncounted, slots * block_bytes, 1)
+        object_store_memory=max((buffer_mib << 20) - uncounted, 3 * slots * block_bytes, 1)
     )
     # For each slot a task more than there are CPUs, which waits in Ray's queue: a slot that becomes free has its next
     # one at once, not when Ray Data's scheduler looks again.

@@ -146,8 +146,9 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
     from muser_dist.data.executor import TaskNumbers, set_context
 
     first, last = first_step * reader.slots_per_step, steps * reader.slots_per_step
-    # Chunks are dealt in order, so those of later tasks wait for all of the first: they must fit into the buffer.
-    fitting = (reader.data.buffer_mib << 20) // (2 * slots * reader.chunk_bytes)
+    # Chunks are dealt in order, so those of later tasks wait for all of the first: those of the tasks that run or wait
+    # in Ray's queue, two for each slot, take at most half of the buffer.
+    fitting = (reader.data.buffer_mib << 20) // (4 * slots * reader.chunk_bytes)
     at_once = max(1, min(ROWS_PER_TASK // reader.chunk, fitting))
     tasks = -(-(last - first) // at_once)
 
@@ -159,7 +160,9 @@ def ray_dataset(reader: ChunkReader, first_step: int, steps: int, slots: int) ->
                 del chunk["fields"], chunk["text"]  # for evaluation only
                 yield to_block(chunk)
 
-    set_context(slots)
+    # No task holds a CPU while it waits for somebody to take its chunks. If a node dies, chunks that it had are made
+    # again by a task that needs a CPU, and until it is done nobody takes any of what comes after them.
+    set_context(slots, blocks=at_once)
     # Tasks, and no actors: what an actor had in hand when its node died would wait for a CPU to start the actor on, and
     # all later chunks with it, perhaps for ever. Their need of CPUs keeps Ray from fusing the source with decoding,
     # which would make few tasks of all.
