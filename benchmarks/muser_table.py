@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config_of(options, recipe, int(seed)), recipe, folder_of(options, recipe, int(seed)))
         return
     jobs = [(UNTRAINED, 0)]
-    for number in range(max(SEEDS.values())):
+    for number in range(options.seeds):
         jobs += [(recipe, number) for recipe in options.recipes if number < SEEDS[recipe]]
     start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
     given = sys.argv[1:] if argv is None else argv
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["floor"] = without_classes(json.loads((folder_of(options, UNTRAINED, 0) / "floor.json").read_text()))
     results["comparison"] = compared(
         [folder_of(options, "muser", seed), folder_of(options, "muser_audio_text", seed)]
-        for seed in range(SEEDS["muser"])
+        for seed in range(options.seeds)
     )
     results["with_notation"] = compared([[folder_of(options, recipe, 0) for recipe in ("muser_symbolic", "muser")]])
     write(options.json, results, page(results, options.json.name))
@@ -77,6 +77,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for models and scores, which are kept")
     parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
     parser.add_argument("--recipes", nargs="+", choices=list(SEEDS), default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, default=max(SEEDS.values()), help="most runs of each recipe")
     parser.add_argument("--samples", type=int, default=32_768, help="that each run trains on")
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
