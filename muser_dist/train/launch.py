@@ -24,6 +24,7 @@ import torch
 from muser_dist.config import RunConfig, TrainConfig, to_dict
 from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.pipeline import known_ids, plan_digest, training_reader
+from muser_dist.data.session import join
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.errors import ClusterError, DataError, MuserError
@@ -202,11 +203,9 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
         try:
             if address == "local":
                 raise ConnectionError
-            ray.init(address, **quiet)
+            join(address, **quiet)
             print(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}", flush=True)
         except ConnectionError:
-            if address not in ("auto", "local"):
-                raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
             # By its port, or Ray's processes would ask whichever cluster of this machine they find first.
             port = _free_port() if dashboard else None
             if port:
