@@ -39,7 +39,7 @@ def join(address: str, **options: Any) -> None:
         options: of ray.init.
 
     Raises:
-        ConnectionError: the address is "auto", and this machine knows of no cluster.
+        ConnectionError: the address is "auto", and this machine knows of no cluster; or Ray cannot join it.
         ClusterError: nobody answers where it should be.
     """
     where = None if "://" in address else canonicalize_bootstrap_address(address)
@@ -62,7 +62,11 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    join(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.ERROR, log_to_driver=False)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    try:
+        join(address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
     try:
         yield
     finally:

@@ -206,6 +206,8 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
             join(address, **quiet)
             print(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}", flush=True)
         except ConnectionError:
+            if address not in ("auto", "local"):
+                raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
             # By its port, or Ray's processes would ask whichever cluster of this machine they find first.
             port = _free_port() if dashboard else None
             if port:
