@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _make_pairs(options)
     seeds = range(options.seeds)
     runs = [(variant, seed) for seed in seeds for variant in _variants(seed)]
-    for first in (True, False):  # the second stage goes on from the first
-        jobs = [job for job in runs if (job[0] == STAGE_1) == first]
-        start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
+    runs.sort(key=lambda job: VARIANTS.index(job[0]))
+    after = {(variant, seed): (STAGE_1, seed) for variant, seed in runs if variant != STAGE_1}
+    start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/htcl_table.py", words, ("torch", "transformers", "implicit", "numpy"))
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
         without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
-        for variant, seed in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
+        for variant, seed in runs
     ]
     results["comparison"] = compared(
         [folder_of(options, STAGE_2, seed), folder_of(options, STAGE_1, seed)] for seed in seeds

@@ -3,20 +3,34 @@
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from record import say
 
+Job = tuple[str, int]
+"""Variant and seed."""
 
-def start(script: str, given: list[str], folders: Mapping[tuple[str, int], Path], processes: int) -> None:
+
+def start(
+    script: str,
+    given: list[str],
+    folders: Mapping[Job, Path],
+    processes: int,
+    after: Mapping[Job, Job] | None = None,
+) -> None:
     """Starts `script`, with what it was given and --run VARIANT SEED, for each folder that lacks its scores.json.
+
+    Args:
+        after: jobs that go on from another one, which comes before them in `folders`.
 
     Raises:
         SystemExit: one fails; its log.txt says why.
     """
 
-    def run(job: tuple[str, int]) -> None:
+    def run(job: Job, first: Future[None] | None) -> None:
+        if first:
+            first.result()
         folder, (variant, seed) = folders[job], job
         if (folder / "scores.json").exists():
             return
@@ -28,5 +42,11 @@ def start(script: str, given: list[str], folders: Mapping[tuple[str, int], Path]
             raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
         say(f"{variant}, seed {seed}: done")
 
+    started: dict[Job, Future[None]] = {}
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(run, folders))
+        # Taken up in this order, so that what a job waits for is always running or done.
+        for job in folders:
+            first = after.get(job) if after else None
+            started[job] = pool.submit(run, job, started[first] if first else None)
+        for future in started.values():
+            future.result()
