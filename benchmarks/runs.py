@@ -1,5 +1,6 @@
 """The runs of a table: a process of one thread each, some at a time; what is done is kept."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def start(
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             command = [sys.executable, script, *given, "--run", variant, str(seed)]
-            done = subprocess.run(command, stdout=log, stderr=log)
+            done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | _ENVIRONMENT)
         if done.returncode:
             raise SystemExit(f"{variant}, seed {seed}: failed; {folder / 'log.txt'} says why")
         say(f"{variant}, seed {seed}: done")
@@ -50,3 +51,11 @@ def start(
             started[job] = pool.submit(run, job, started[first] if first else None)
         for future in started.values():
             future.result()
+
+
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # glibc keeps what a step frees for the next one: given back to the kernel, its pages cost up to half of the time.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
