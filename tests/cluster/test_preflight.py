@@ -51,7 +51,9 @@ def check(address: str, folder: Path, *arguments: str) -> tuple[subprocess.Compl
 
 def test_it_finds_a_version_mismatch_unwritable_storage_and_a_tiny_object_store(address, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    done, findings = check(address, tmp_path, "--storage", str(tmp_path / "file" / "runs"), "--buffer-mib", "256")
+    # A busy machine may take more than the usual minute to start a worker: who stays silent is another test's matter.
+    options = ("--buffer-mib", "256", "--timeout", "300")
+    done, findings = check(address, tmp_path, "--storage", str(tmp_path / "file" / "runs"), *options)
     assert done.returncode == 1, done.stdout + done.stderr
     versions, storage, store = findings["versions"], findings["storage"], findings["object store"]
     assert versions["verdict"] == "broken"
