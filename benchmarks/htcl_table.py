@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _make_pairs(options)
     seeds = range(options.seeds)
     runs = [(variant, seed) for seed in seeds for variant in _variants(seed)]
-    runs.sort(key=lambda job: VARIANTS.index(job[0]))
+    runs.sort(key=lambda job: job[0] != STAGE_1)  # and then seed by seed, so that none waits for what runs last
     after = {(variant, seed): (STAGE_1, seed) for variant, seed in runs if variant != STAGE_1}
     start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
     given = sys.argv[1:] if argv is None else argv
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
         without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
-        for variant, seed in runs
+        for variant, seed in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
     ]
     results["comparison"] = compared(
         [folder_of(options, STAGE_2, seed), folder_of(options, STAGE_1, seed)] for seed in seeds
