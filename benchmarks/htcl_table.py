@@ -82,7 +82,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for log, models and scores, which are kept")
     parser.add_argument("--json", type=Path, required=True, help="results; a page of the same name goes beside it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--samples-of-stage-1", type=int, default=131_072, help="that the first stage trains on")
+    parser.add_argument("--samples-of-stage-1", type=int, default=98_304, help="that the first stage trains on")
     parser.add_argument("--samples", type=int, default=32_768, help="that each second stage trains on")
     parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
