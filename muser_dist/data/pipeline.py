@@ -34,6 +34,9 @@ ROWS_PER_TASK = 256
 _MOST_OPEN = 256
 """Shards that a task keeps open where it may need any."""
 
+_LEAST_OPEN = 32
+"""And otherwise, if its windows have fewer: a small corpus is walked once, not in each epoch."""
+
 
 def training_reader(
     config: RunConfig,
@@ -74,7 +77,7 @@ def training_reader(
                 "batch; leave it out of data.sources, or give pairs of its songs too"
             )
     # Partners are anywhere, but open files have a limit.
-    kept = _MOST_OPEN if partners is not None else 2 * data.window_shards * len(sources)
+    kept = _MOST_OPEN if partners is not None else max(_LEAST_OPEN, 2 * data.window_shards * len(sources))
     return ChunkReader(
         RowReader(ShardIndex.join(list(indices)), storage, kept),
         plan,
