@@ -30,6 +30,8 @@ WITHOUT, WITH, HIDDEN = "without m3", "with m3", "with m3, K: and M: hidden"
 DIRECT = "with m3, then the ABC-MIDI pair"
 VARIANTS = (WITHOUT, WITH, HIDDEN, DIRECT)
 SEEDED = (M3, WITHOUT, WITH)
+FROM = {WITH: M3, HIDDEN: M3, DIRECT: WITH}
+"""What a run goes on from."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(config, folder) if variant == M3 else run(config, variant, folder, trained=variant != UNTRAINED)
         return
     seeds = range(options.seeds)
-    for variants in ((M3, UNTRAINED), (WITHOUT, WITH, HIDDEN), (DIRECT,)):  # each from those before
-        jobs = [(variant, seed) for seed in seeds for variant in variants if seed == 0 or variant in SEEDED]
-        start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
+    runs = [
+        (variant, seed)
+        for variant in (M3, UNTRAINED, *VARIANTS)
+        for seed in seeds
+        if seed == 0 or variant in SEEDED
+    ]
+    after = {(variant, seed): (FROM[variant], seed) for variant, seed in runs if variant in FROM}
+    start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/clamp_table.py", words, ("torch", "transformers", "scikit-learn", "numpy", "mido"))
