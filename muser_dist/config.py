@@ -247,6 +247,9 @@ class Stages:
         runs: list[RunConfig] = []
         for stage in self.stages:
             config = replace(stage.config, storage=str(folder), name=stage.name)
+            if place := config.train.checkpoint_storage:  # which stages of other runs may have as well
+                place = f"{place.rstrip('/')}/{folder.name}"
+                config = replace(config, train=replace(config.train, checkpoint_storage=place))
             runs.append(config.starting_from(runs[-1], stage.takes) if runs else config)
         return tuple(runs)
 

@@ -1,8 +1,16 @@
-"""How the tests are dealt to two processes (`make test`): whole files, and all that start Ray to one of them."""
+"""How the tests are dealt to two processes (`make test`): whole files, and all that start Ray to one of them.
+
+Examples of property tests have no deadline.
+"""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine that does other things may take any time for an example.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 RAY = Path(__file__).parent / "cluster"
 

@@ -259,6 +259,7 @@ class ChunkReader:
         heard, cached, stated, labelled, in_val = (np.zeros(c, bool) for _ in range(5))
         sources, shards, sentences, fields = [""] * c, [""] * c, [""] * c, ["{}"] * c
         problems: list[str] = []
+        leads = self.plan.leads(outline.rows)
         crops: dict[int, Crop] = {}
         labels = self._labels.empty(c)
         policies = [TextPolicy(data, source.templates or data.templates) for source in self.sources]
@@ -275,8 +276,8 @@ class ChunkReader:
             sources[i], shards[i] = self.sources[outline.rows.source[i]].name, row.shard
             rng = outline.draws[i]
             seed = int(rng.integers(2**63)) if rng else None  # always drawn: augmenting must not change the text
-            # Told once a pass: by whoever reads the shard's first row.
-            if outline.rows.row[i] == 0 and (surplus := self.rows.surplus(int(outline.rows.shard[i]))):
+            # Told once a pass: by whoever reads the first row of the shard that is in it.
+            if leads[i] and (surplus := self.rows.surplus(int(outline.rows.shard[i]))):
                 reason = f"the shard holds {surplus} samples more than its index says; they are not used"
                 of_shard = {"row": None, "key": "", "offset": None, "count": surplus}
                 problems.append(self._entry(outline, i, reason=reason, **of_shard))

@@ -1,7 +1,7 @@
 """DataConfig: everything that a run's config says about shards, clips and texts."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -131,8 +131,8 @@ class DataConfig(Strict):
     """Validation shards, in the form of `train`; may be empty (then the run ends without scores)."""
     storage_options: str = ""
     """JSON file with arguments of fsspec's file systems by protocol, such as {"s3": {"endpoint_url":
-    ..., "profile": ..., "requester_pays": true}}. Only its path is saved; its content is handed to
-    the tasks and never written down."""
+    ..., "profile": ..., "requester_pays": true}}. Only its path is saved, and every node of a worker must see it; its
+    content is handed to decoding tasks and never written down."""
     read_timeout: float = 60.0
     """Seconds after which a stalled read from remote storage is broken off and tried again."""
     cache_folder: str = ""
@@ -223,6 +223,22 @@ class DataConfig(Strict):
     def label_kinds(self) -> dict[str, Literal["class", "tags"]]:
         """The fields that are learned, and whether a row has one or any number of their values."""
         return {**dict.fromkeys(self.classes, "class"), **dict.fromkeys(self.tags, "tags")}
+
+    @property
+    def tokenizer_folder(self) -> bool:
+        """Whether the tokenizer comes from a folder, and not from the hub."""
+        return self.tokenizer != "words" and Path(self.tokenizer).exists()
+
+    def with_absolute_paths(self) -> "DataConfig":
+        """The same with whole paths to what workers open by themselves: they run in other folders."""
+        resolved: dict[str, str] = {
+            name: str(Path(path).resolve())
+            for name in ("storage_options", "cache_folder")
+            if (path := getattr(self, name))
+        }
+        if self.tokenizer_folder:
+            resolved["tokenizer"] = str(Path(self.tokenizer).resolve())
+        return replace(self, **resolved)
 
     def training_sources(self) -> tuple[SourceConfig, ...]:
         """The sources of training: `sources`, or `train` as the only one."""

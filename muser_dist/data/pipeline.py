@@ -96,13 +96,15 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage, fi
     `first` is the number of the chunk to begin with.
     """
     size = config.train.chunk
-    plan = Plan([index.rows], [1.0], size, config.seed, config.data.window_shards, shuffle=False)
+    before = np.cumsum(index.rows) - index.rows
+    rows = np.clip(config.evaluate.rows - before, 0, index.rows)
+    plan = Plan([rows], [1.0], size, config.seed, config.data.window_shards, shuffle=False)
     # Waveforms come along whatever training does: the towers make their spectrograms themselves.
     config = replace(config, data=replace(config.data, spectrogram_on="device"))
     source = SourceConfig("val", config.data.val)
     nothing = np.zeros(0, np.int64)
     reader = ChunkReader(RowReader(index, storage), plan, [source], config, size, 1, nothing)
-    yield from reader.read(range(first, -(-min(plan.total, config.evaluate.rows) // size)))
+    yield from reader.read(range(first, -(-plan.total // size)))
 
 
 def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:

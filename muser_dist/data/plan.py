@@ -94,6 +94,7 @@ class Epochs:
         # Bound to the instance, so that caches of two plans never mix.
         self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)
         self._window = lru_cache(maxsize=4)(self._permute_window)
+        self._lead = lru_cache(maxsize=4096)(self._first_row)
 
     def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and row number at the positions start <= p < stop of the stream; -1 after its end.
@@ -127,6 +128,14 @@ class Epochs:
         shards = order[window * self.window_shards : (window + 1) * self.window_shards]
         indices = np.concatenate([self._rows(int(shard)) for shard in shards])
         return np.random.default_rng([self.seed, 10 * self.source + 2, epoch, window]).permutation(indices)
+
+    def leads(self, index: int) -> bool:
+        """Whether a row of an epoch, by number, is the first of its shard there."""
+        shard = int(np.searchsorted(self.first, index, side="right")) - 1
+        return index == self._lead(shard)
+
+    def _first_row(self, shard: int) -> int:
+        return int(self._rows(shard)[0])
 
     def _rows(self, shard: int) -> np.ndarray:
         """The rows of a shard that epochs hold."""
@@ -243,6 +252,14 @@ class Plan:
             parts.append([values[place:end] for values in self._batch(step)])
             start += end - place
         return self._locate(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def leads(self, rows: Rows) -> list[bool]:
+        """Which of the rows at some positions are the first of their shard in each pass; partners are none."""
+        apart = 1 if self._partners is None else 2
+        return [
+            i % apart == 0 and source >= 0 and self.sources[source].leads(index - int(self._first_of_source[source]))
+            for i, (source, index) in enumerate(zip(rows.source.tolist(), rows.index.tolist(), strict=True))
+        ]
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """The source of all random choices for one row in one epoch: crop, template, augmentation.

@@ -99,13 +99,18 @@ class ModelConfig(Strict):
         hidden = self.projection_hidden
         return hidden if isinstance(hidden, tuple) else (hidden,) if hidden else ()
 
-    def with_absolute_weights(self) -> "ModelConfig":
-        """The same with whole paths to the weights that it starts with: workers run in other folders."""
-        towers: dict[str, Any] = {
-            name: replace(tower, weights=str(Path(tower.weights).resolve()))
-            for name, tower in self.towers().items()
-            if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
-        }
+    def with_absolute_paths(self) -> "ModelConfig":
+        """The same with whole paths to weights, and to the folders that networks come from: workers run elsewhere."""
+
+        def of(path: str) -> str:
+            return str(Path(path).resolve()) if path and Path(path).exists() else path  # it may be a name on the hub
+
+        towers: dict[str, Any] = {}
+        for name, tower in self.towers().items():
+            options = dict(tower.options)
+            if isinstance(options.get("model"), str):
+                options["model"] = of(options["model"])
+            towers[name] = replace(tower, options=options, weights=of(tower.weights))
         return replace(self, **towers, start=str(Path(self.start).resolve()) if self.start else "")
 
     def __post_init__(self) -> None:

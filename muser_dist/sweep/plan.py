@@ -5,7 +5,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 
 from muser_dist.config import OPERATIONAL, RunConfig, leaves, to_dict
 from muser_dist.data.shards import index_shards
@@ -126,6 +125,12 @@ def _with_scores(base: RunConfig, options: SweepConfig) -> RunConfig:
         f"evaluate.every_samples ({every}) is more than ASHA's first comparison waits for ({grace} samples); lower it, "
         "give --grace-samples, or --early-stopping none",
     )
+    most = base.train.steps * base.train.global_batch
+    require(
+        grace <= most,
+        f"--grace-samples {grace}: a trial ends after {most} samples, before its first comparison; give less, or "
+        "--early-stopping none",
+    )
     return replace(base, evaluate=replace(base.evaluate, every_samples=every or grace))
 
 
@@ -141,17 +146,14 @@ def _absolute(base: RunConfig) -> RunConfig:
         return os.path.abspath(path) if path and "://" not in path else path
 
     data = replace(
-        base.data,
+        base.data.with_absolute_paths(),
         train=tuple(map(of, base.data.train)),
         val=tuple(map(of, base.data.val)),
         sources=tuple(replace(source, shards=tuple(map(of, source.shards))) for source in base.data.sources),
         pairs=of(base.data.pairs),
-        storage_options=of(base.data.storage_options),
-        cache_folder=of(base.data.cache_folder),
-        tokenizer=of(base.data.tokenizer) if Path(base.data.tokenizer).exists() else base.data.tokenizer,
     )
     train = replace(base.train, checkpoint_storage=of(base.train.checkpoint_storage))
-    model = base.model.with_absolute_weights()
+    model = base.model.with_absolute_paths()
     return replace(base, data=data, model=model, train=train, storage=of(base.storage))
 
 

@@ -30,6 +30,8 @@ from muser_dist.train.store import CheckpointStore, problem_of
 
 FORMAT = 3
 _LONGEST_PAUSE = 30.0
+_LONGEST_WAIT = 1.0
+_READING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Checkpoints:
         """Waits until nothing is being written; as `poll`."""
         done = None
         while self._job is not None:
-            wait([self._job])
+            # Not until it is done: ranks that are would wait in a collective, which takes an outage for a hang.
+            wait([self._job], _LONGEST_WAIT)
             done = self.poll() or done
         return done
 
@@ -139,23 +142,32 @@ class Checkpoints:
             if self._log:
                 self._log.event("old checkpoints stay", step, error=redact(str(error)))
 
-    def _patiently(self, action: Callable[[], Any], step: int) -> Any:
-        """The action's result; whatever error the storage raises is waited out for as long as patience lasts."""
+    def _patiently(self, action: Callable[[], Any], step: int | None, reading: bool = False) -> Any:
+        """The action's result; whatever error the storage raises is waited out for as long as patience lasts.
+
+        Reading, the other ranks wait in a collective, so less long; and what is missing or no JSON is not waited for.
+        """
+        patience = min(self._patience, _READING_SECONDS) if reading else self._patience
         start, pause = time.monotonic(), 0.5
         while True:
             try:
                 return action()
             except Exception as error:
-                if time.monotonic() + pause > start + self._patience:
+                proven = reading and isinstance(error, (FileNotFoundError, ValueError))
+                if proven or time.monotonic() + pause > start + patience:
                     raise
                 if self._log and pause == 0.5:
-                    self._log.event("storage", step, error=redact(str(error)), retrying=f"{self._patience:g} s")
+                    self._log.event("storage", step, error=redact(str(error)), retrying=f"{patience:g} s")
                 time.sleep(pause)
                 pause = min(_LONGEST_PAUSE, 2 * pause)
 
     def _raise_failures(self) -> None:
         assert self._job is not None
-        wait([self._job])
+        all_done = torch.tensor(0)
+        while not all_done:
+            wait([self._job], _LONGEST_WAIT)
+            all_done.fill_(self._job.done())
+            dist.all_reduce(all_done, dist.ReduceOp.MIN)
         error = self._job.exception()
         errors: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, redact(str(error)) if error else None)
@@ -164,8 +176,8 @@ class Checkpoints:
         there = self._store.steps() if dist.get_rank() == 0 else []
         raise CheckpointError(
             f"the checkpoint at step {self._description['step']:,} could not be written to {redact(self._store.url)} "
-            f"for {self._patience:g} s (rank {rank}: {reason}). Make room there, or give another "
-            f"--train.checkpoint-storage; the same command goes on from step {max(there, default=0):,}"
+            f"for {self._patience:g} s (rank {rank}: {reason}). Make room there, or copy the checkpoints elsewhere and "
+            f"give --train.checkpoint-storage; the same command goes on from step {max(there, default=0):,}"
         )
 
     # --- Loading ---
@@ -174,51 +186,97 @@ class Checkpoints:
         """Restores the latest checkpoint that is intact, and says which were not; None where the run has none.
 
         Raises:
-            CheckpointError: there are checkpoints, and none is intact.
+            CheckpointError: there are checkpoints, and none is intact; or they cannot be read for as long as patience
+                lasts.
         """
-        steps = of_rank_0(lambda: self._store.steps()[::-1])
+        steps = self._of_rank_0(lambda: self._patiently(self._store.steps, None, reading=True)[::-1])
+        broken: dict[int, str] = {}
         for step in steps:
             with TemporaryDirectory(prefix="muser-checkpoint-") as folder:
-                description, problem = of_rank_0(partial(self._describe, step))
+                description, problem = self._of_rank_0(partial(self._describe, step))
                 problem = problem or self._check(step, description["parts"], folder)
-                if problem is None:
-                    with Pieces(
-                        [self._store.fetch(step, part["name"], folder) for part in description["parts"]]
-                    ) as read:
-                        engine.restore(read, step)
-                    dist.barrier()
-                    return Position(step, description["totals"], description["seconds"])
-            if self._log:
-                self._log.event("broken checkpoint", step, error=problem)
-                self._store.set_aside(step)
-        if steps:
+                if problem is not None:
+                    broken[step] = problem
+                    continue
+                self._set_aside(broken)  # now that the run has something to go on from
+                with Pieces([self._store.fetch(step, part["name"], folder) for part in description["parts"]]) as read:
+                    engine.restore(read, step)
+                dist.barrier()
+                return Position(step, description["totals"], description["seconds"])
+        if broken:
             raise CheckpointError(
                 f"none of the checkpoints at steps {', '.join(map(str, steps))} in {redact(self._store.url)} is intact "
-                f"({problem}); bring one back, or start again under another --name"
+                f"({broken[steps[-1]]}); bring one back, or start again under another --name"
             )
         return None
 
+    def _of_rank_0(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns on rank 0, on all ranks; an error there is a CheckpointError on all."""
+
+        def tried() -> tuple[Any, str | None]:
+            try:
+                return read(), None
+            except CheckpointError as error:
+                return None, str(error)
+            except Exception as error:  # each kind of storage has its own
+                return None, self._unreadable("the checkpoints", str(error))
+
+        made, problem = of_rank_0(tried)
+        if problem is not None:
+            raise CheckpointError(problem)
+        return made
+
+    def _unreadable(self, what: str, reason: str) -> str:
+        return (
+            f"{what} in {redact(self._store.url)} cannot be read ({redact(reason).strip()}); the same command goes on "
+            "when that is possible"
+        )
+
+    def _set_aside(self, broken: dict[int, str]) -> None:
+        if self._log is None:
+            return
+        for step, problem in broken.items():
+            self._log.event("broken checkpoint", step, error=problem)
+            try:
+                self._store.set_aside(step)
+            except Exception as error:  # the next start looks at it again
+                self._log.event("broken checkpoint stays", step, error=redact(str(error)))
+
     def _describe(self, step: int) -> tuple[dict[str, Any], str | None]:
         try:
-            description = self._store.describe(step)
-        except (OSError, ValueError) as error:
+            description = self._patiently(lambda: self._store.describe(step), step, reading=True)
+        except (FileNotFoundError, ValueError) as error:
             return {}, f"its checkpoint.json cannot be read: {redact(str(error))}"
         if description.get("format") != FORMAT:
             return {}, f"it is of format {description.get('format')}, and this version reads {FORMAT}"
         return description, None
 
     def _check(self, step: int, parts: list[dict[str, Any]], folder: str) -> str | None:
-        """What is wrong with the first broken part. Ranks share the work where they read the same files."""
+        """What is wrong with the first broken part. Ranks share the work where they read the same files.
+
+        Raises:
+            CheckpointError: on all ranks, where one cannot fetch a part: that says nothing of the checkpoint.
+        """
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        found = None
-        for part in parts if self._store.remote else parts[rank::ranks]:
-            try:
-                found = found or problem_of(self._store.fetch(step, part["name"], folder), part)
-            except Exception as error:
-                found = f"{part['name']} cannot be fetched: {redact(str(error))}"
+        found = failed = None
+        try:
+            for part in parts if self._store.remote else parts[rank::ranks]:
+                found = found or self._problem_of(step, part, folder)
+        except Exception as error:  # each kind of storage has its own
+            failed = str(error)
         of_ranks: list[Any] = [None] * ranks
-        dist.all_gather_object(of_ranks, found)
-        return next(filter(None, of_ranks), None)
+        dist.all_gather_object(of_ranks, (found, failed))
+        for other, (_, reason) in enumerate(of_ranks):
+            if reason is not None:
+                raise CheckpointError(self._unreadable(f"the checkpoint at step {step:,}", f"rank {other}: {reason}"))
+        return next((problem for problem, _ in of_ranks if problem), None)
+
+    def _problem_of(self, step: int, part: dict[str, Any], folder: str) -> str | None:
+        try:
+            path = self._patiently(lambda: self._store.fetch(step, part["name"], folder), step, reading=True)
+            return self._patiently(lambda: problem_of(path, part), step, reading=True)
+        except FileNotFoundError:
+            return f"{part['name']} is missing"
 
 
 class Pieces:

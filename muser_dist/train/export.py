@@ -14,6 +14,7 @@ from torch import Tensor
 
 from muser_dist import __version__
 from muser_dist.config import RunConfig, from_dict
+from muser_dist.data.config import read_label_values
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.errors import CheckpointError
@@ -22,6 +23,7 @@ from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import Muser, save_model
 from muser_dist.train.checkpoint import FORMAT, Pieces
 from muser_dist.train.engine import AVERAGE, BUFFER, WEIGHT
+from muser_dist.train.preflight import LABEL_VALUES
 from muser_dist.train.runlog import METRICS, last_line
 from muser_dist.train.store import CheckpointStore, problem_of
 
@@ -60,6 +62,8 @@ def export(run: Path, out: Path, force: bool = False) -> str:
             save_model(made, muser.model.state_dict(), muser.config)
             samples, state = config.train.steps * config.train.global_batch, "the end of the run"
         else:
+            if (labels := run / LABEL_VALUES).exists():  # heads are sized by them
+                config = replace(config, data=replace(config.data, label_values=read_label_values(str(labels))))
             weights, step = last_weights(config, CheckpointStore(config, Storage.of(config.data)))
             save_model(made, weights, config)
             samples, state = step * config.train.global_batch, f"the checkpoint at step {step:,}"

@@ -90,6 +90,7 @@ def print_chunk(config: RunConfig) -> None:
         MuserError: none fits, or a step fails for another reason.
     """
     check_settings(config)
+    config = replace(config, data=config.data.with_absolute_paths())
     connect(config)
     train = config.train
 
@@ -132,7 +133,7 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     config = replace(config, storage=str(Path(config.storage).resolve()))
     if (place := config.train.checkpoint_storage) and "://" not in place:
         config = replace(config, train=replace(config.train, checkpoint_storage=str(Path(place).resolve())))
-    config = replace(config, model=config.model.with_absolute_weights())
+    config = replace(config, data=config.data.with_absolute_paths(), model=config.model.with_absolute_paths())
     matches = report_weights(config)
     prepare_folder(config, command)
     if matches:

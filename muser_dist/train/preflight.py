@@ -95,7 +95,14 @@ def check_paths(config: RunConfig) -> None:
         for name, tower in config.model.towers().items()
         if tower.weights and Path(tower.weights).exists()  # else it may be a name on the hub
     ]
+    paths += [
+        (f"model.{name}.options.model", str(model))
+        for name, tower in config.model.towers().items()
+        if isinstance(model := tower.options.get("model"), str) and Path(model).exists()
+    ]
     paths += [("data.pairs", config.data.pairs)] if config.data.pairs else []
+    paths += [("data.storage-options", config.data.storage_options)] if config.data.storage_options else []
+    paths += [("data.tokenizer", config.data.tokenizer)] if config.data.tokenizer_folder else []
     paths += [("model.start", config.model.start)] if config.model.start else []
     paths += [("train.checkpoint-storage", config.train.checkpoint_storage)] if config.train.checkpoint_storage else []
     for setting, path in [*paths, ("storage", config.storage)]:
@@ -171,18 +178,15 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
     if config.train.checkpoint_storage:
         CheckpointStore(config, Storage.of(config.data)).check()
     if has_begun(config):
-        try:
-            there = from_dict(json.loads(path.read_text()), str(path))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path} is broken ({error}); delete {config.folder}, or give another --name"
-            ) from None
+        there = _config_there(config, path)
         changed = differences(there, config)
         if changed:
             raise CheckpointError(
                 f"{config.folder} already holds a run with another config ({'; '.join(changed[:4])}"
                 f"{' ...' if len(changed) > 4 else ''}); give another --name, or delete that folder"
             )
+    elif path.exists():
+        _check_moved(_config_there(config, path), config)
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(to_dict(config), indent=2))
@@ -195,6 +199,35 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
         raise ConfigError(
             f"storage: cannot write to {config.folder} ({error.strerror}); give another --storage"
         ) from None
+
+
+def _config_there(config: RunConfig, path: Path) -> RunConfig:
+    """The config in a run's folder; raises CheckpointError where it cannot be read."""
+    place = CheckpointStore(config, Storage.of(config.data)).url
+    try:
+        return from_dict(json.loads(path.read_text()), str(path))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{redact(place)} holds checkpoints, and {path} is not there to say of which run; give another --name, "
+            "bring the folder back, or delete those checkpoints"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is broken ({error}); delete {config.folder} and the checkpoints in {redact(place)}, or give "
+            "another --name"
+        ) from None
+
+
+def _check_moved(there: RunConfig, config: RunConfig) -> None:
+    """Raises CheckpointError where a run that has checkpoints at one place is told to look for them at another."""
+    stores = [CheckpointStore(run, Storage.of(config.data)) for run in (there, config)]
+    old, new = (store.url for store in stores)
+    if old != new and (steps := stores[0].steps()):
+        raise CheckpointError(
+            f"{config.folder} has its checkpoints in {redact(old)}, up to step {steps[-1]:,}, and there is none in "
+            f"{redact(new)}; copy them there, or give the old --train.checkpoint-storage. To start again give another "
+            "--name"
+        )
 
 
 def provenance(command: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from, so that no line is there twice; events stay: they tell what happened.
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -43,7 +43,7 @@ class RunLog:
         self._config, self._workers = config, workers
         self._before = last_line(config.folder / METRICS)  # of an earlier start of this run
         self._restarts = sum(event["event"] == "start" for event in read_lines(config.folder / EVENTS))
-        self._events = (config.folder / EVENTS).open("a")
+        self._events = _reopen(config.folder / EVENTS, lambda entry: True)
 
     def go_on_from(self, step: int) -> None:
         """Opens the files of a run that stands at `step`; lines of later steps are dropped, and said to be repeated."""
@@ -55,7 +55,7 @@ class RunLog:
         rows = repeated * self._config.train.global_batch
         self.event("start", step, workers=self._workers, steps_repeated=repeated, rows_repeated=rows)
 
-    def event(self, kind: str, step: int, **fields: Any) -> None:
+    def event(self, kind: str, step: int | None, **fields: Any) -> None:
         """Writes an event: what happened, at which step, and when."""
         self._events.write(json.dumps({"time": time.time(), "event": kind, "step": step} | fields) + "\n")
         self._events.flush()
@@ -103,7 +103,8 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def _reopen(path: Path, keep: Any) -> TextIO:
+def _reopen(path: Path, keep: Callable[[dict[str, Any]], bool]) -> TextIO:
+    """Opens a .jsonl file to append to, with these of its entries alone: also without a line that was cut short."""
     kept = [entry for entry in read_lines(path) if keep(entry)]
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

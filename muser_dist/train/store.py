@@ -77,7 +77,9 @@ class CheckpointStore:
             return Path(path)
         copy = Path(folder) / name
         if not copy.exists():
-            self._fs.get_file(path, str(copy))
+            part = copy.with_name(f"{name}.part")  # a copy that broke off is none
+            self._fs.get_file(path, str(part))
+            part.replace(copy)
         return copy
 
     def set_aside(self, step: int) -> None:
@@ -140,15 +142,16 @@ class CheckpointStore:
 
 
 def problem_of(path: Path, part: dict[str, Any]) -> str | None:
-    """What is wrong with a part of a checkpoint, by its size and hash; None where it is what was written."""
-    try:
-        size = path.stat().st_size
-        if size != part["bytes"]:
-            return f"{part['name']} has {size:,} bytes in place of {part['bytes']:,}"
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        return f"{part['name']} cannot be read: {error.strerror or error}"
+    """What is wrong with a part of a checkpoint, by its size and hash; None where it is what was written.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of what was written; FileNotFoundError where it is not there.
+    """
+    size = path.stat().st_size
+    if size != part["bytes"]:
+        return f"{part['name']} has {size:,} bytes in place of {part['bytes']:,}"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
     return None if digest.hexdigest() == part["sha256"] else f"{part['name']} has another SHA-256 than was written"

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 
+from muser_dist.config import EvaluateConfig
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.shards import SIDECAR
 from tests.shardmaker import bad_samples, sample, write_shard, write_shards
@@ -123,6 +124,26 @@ def test_fewer_rows_than_the_index_says_are_quarantined_and_surplus_rows_unused(
     missing, surplus = (json.loads(problem) for chunk in chunks for problem in chunk["problems"])
     assert (missing["row"], missing["reason"]) == (3, "the shard holds fewer samples than its index says")
     assert (surplus["row"], surplus["count"], surplus["shard"]) == (None, 1, f"{tmp_path}/train-00001.tar")
+
+
+def test_surplus_rows_are_told_once_a_pass_whatever_the_pass_holds(tmp_path):
+    """With a share of the rows a shard's first row is in few passes."""
+    write_shards(tmp_path, [5] * 8)
+    (tmp_path / SIDECAR).write_text(json.dumps({"format": 1, "rows": {f"train-{i:05d}.tar": 4 for i in range(8)}}))
+    config = small_config(data={"train_share": 0.25}, train={"global_batch": 8, "chunk": 8})
+    for step in range(2):
+        (chunk,) = reader_of(config, f"{tmp_path}/*.tar").read([step])
+        told = [json.loads(problem) for problem in chunk["problems"]]
+        assert sorted(entry["shard"] for entry in told) == sorted(f"{tmp_path}/train-{i:05d}.tar" for i in range(8))
+        assert [entry["count"] for entry in told] == [1] * 8
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 8])
+def test_as_many_rows_are_scored_as_are_asked_for_in_chunks_of_any_size(tmp_path, chunk):
+    index = index_of(write_shards(tmp_path, [3, 4, 3]))
+    config = small_config(train={"chunk": chunk, "global_batch": 24}, evaluate=EvaluateConfig(rows=5))
+    chunks = list(evaluation_chunks(config, index, LOCAL))
+    assert [row for chunk in chunks for row in chunk["row"].tolist() if row >= 0] == [0, 1, 2, 3, 4]
 
 
 def test_a_truncated_shard_yields_its_whole_rows_and_quarantines_the_rest(tmp_path):

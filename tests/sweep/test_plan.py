@@ -54,6 +54,8 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path):
     late = replace(base, evaluate=replace(base.evaluate, every_samples=100))
     with pytest.raises(ConfigError, match=r"every_samples \(100\).*first comparison waits for \(16 samples\)"):
         plan("small", late, options)
+    with pytest.raises(ConfigError, match=r"--grace-samples 100000: a trial ends after \d+ samples"):
+        plan("small", base, replace(options, grace_samples=100_000))
     with pytest.raises(MuserError, match="no shard matches"):
         plan("small", replace(base, data=replace(base.data, train=("/nowhere-*.tar",))), options)
     unknown = options_of(tmp_path, {"objective.name": {"choice": ["contrastive", "contrastve"]}}, search="grid")

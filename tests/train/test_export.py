@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from muser_dist import Muser
-from muser_dist.config import to_dict
+from muser_dist.config import ModelConfig, ObjectiveConfig, to_dict
 from muser_dist.errors import CheckpointError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
@@ -122,3 +122,22 @@ def test_what_is_there_is_replaced_by_force_alone(run, tmp_path):
     assert "Licence" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match="is no run's folder"):
         export(tmp_path, tmp_path / "other")
+
+
+def test_heads_of_labels_are_sized_by_the_values_that_the_run_found(run, tmp_path):
+    """The run's config.json holds what was asked for, in which they are not."""
+    supervised = replace(
+        run,
+        data=replace(run.data, classes=("genre",), storage_options=""),
+        model=ModelConfig(audio=run.model.audio),
+        objective=ObjectiveConfig("supervised", pairs=()),
+    )
+    (run.folder / "config.json").write_text(json.dumps(to_dict(supervised)))
+    values = {"genre": ("jig", "polka", "reel")}
+    (run.folder / "labels.json").write_text(json.dumps(values))
+    trained = replace(supervised, data=replace(supervised.data, label_values=values))
+    write_checkpoint(trained, 1, MultimodalModel(trained))
+    export(run.folder, tmp_path / "out")
+    muser = Muser.from_pretrained(tmp_path / "out")
+    assert muser.label_values == {"genre": ("jig", "polka", "reel")}
+    assert muser.classify([tone(1, 0.5, 8_000)])["genre"].shape == (1, 3)

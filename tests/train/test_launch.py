@@ -1,6 +1,7 @@
 """What is checked before Ray starts, and the command line's messages."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserErro
 from muser_dist.recipes import load_recipe
 from muser_dist.train.launch import pretrain
 from muser_dist.train.preflight import check_paths, load_index, prepare_folder
+from muser_dist.train.store import CheckpointStore
 from tests.models.test_frozen import with_towers
 from tests.object_store import object_store, storage_options
 from tests.shardmaker import write_shards
@@ -121,6 +123,30 @@ def test_checkpoints_that_cannot_be_written(tmp_path):
         prepare_folder(pointing(f"s3://{store.bucket}/checkpoints", str(options)), ["test"])
 
 
+def test_a_run_is_not_begun_again_where_its_checkpoints_are_elsewhere(tmp_path):
+    config = config_on(tmp_path)
+
+    def at(place: str):
+        return replace(config, train=replace(config.train, checkpoint_storage=str(tmp_path / place)))
+
+    prepare_folder(at("old"), ["test"])
+    prepare_folder(at("new"), ["test"])  # nothing was saved yet
+    prepare_folder(at("old"), ["test"])
+    CheckpointStore(at("old"), LOCAL).complete(8, {"loss": None})
+    with pytest.raises(CheckpointError, match=r"checkpoints in .*/old/run, up to step 8, .* none in .*/new/run; copy"):
+        prepare_folder(at("new"), ["test"])
+    shutil.copytree(tmp_path / "old", tmp_path / "new", dirs_exist_ok=True)
+    prepare_folder(at("new"), ["test"])
+
+
+def test_checkpoints_of_a_run_whose_folder_is_gone(tmp_path):
+    config = config_on(tmp_path)
+    config = replace(config, train=replace(config.train, checkpoint_storage=str(tmp_path / "saved")))
+    CheckpointStore(config, LOCAL).complete(8, {"loss": None})
+    with pytest.raises(CheckpointError, match=r"/saved/run holds checkpoints, and .*config\.json is not there"):
+        prepare_folder(config, ["test"])
+
+
 def test_relative_paths_in_a_submitted_job(monkeypatch):
     config = small_config(data={"train": ("data/train-*.tar",), "val": ("s3://b/val.tar",)}, storage="/shared")
     check_paths(config)
@@ -135,6 +161,12 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
         named = with_towers(absolute, text={"weights": weights})
         with pytest.raises(ConfigError, match=r"model\.text\.weights: 'tests' is a rel") if local else nullcontext():
             check_paths(named)
+    for field, path in {"storage_options": "key.json", "tokenizer": "tests"}.items():
+        setting = field.replace("_", "-")
+        with pytest.raises(ConfigError, match=rf"data\.{setting}: '{path}' is a relative path"):
+            check_paths(replace(absolute, data=replace(absolute.data, **{field: path})))
+    with pytest.raises(ConfigError, match=r"model\.text\.options\.model: 'tests' is a relative path"):
+        check_paths(with_towers(absolute, text={"options": {"model": "tests"}}))
     with pytest.raises(ConfigError, match=r"train\.checkpoint-storage: 'saved' is a relative path"):
         check_paths(replace(absolute, train=replace(config.train, checkpoint_storage="saved")))
     with pytest.raises(ConfigError, match=r"storage: 'runs' is a relative path"):

@@ -48,6 +48,18 @@ def test_going_on_from_a_checkpoint_drops_later_lines(config):
     assert [entry["row"] for entry in read_lines(config.folder / QUARANTINE)] == [1, 2]
 
 
+def test_a_line_that_a_dying_process_cut_short_is_dropped_from_all_files(config):
+    log = opened(config, 0)
+    log.metrics(line(1))
+    log.close()
+    for name in (EVENTS, METRICS):
+        with (config.folder / name).open("a") as file:
+            file.write('{"time": 1')
+    opened(config, 1).event("checkpoint", 2)
+    assert [event["event"] for event in read_lines(config.folder / EVENTS)] == ["start", "start", "checkpoint"]
+    assert [entry["step"] for entry in read_lines(config.folder / METRICS)] == [1]
+
+
 def test_a_restart_tells_what_is_done_again_and_what_it_cost(config, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("time.time", lambda: clock[0])

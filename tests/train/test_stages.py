@@ -17,13 +17,15 @@ from muser_dist.config import (
     TemperatureConfig,
     TowerConfig,
 )
+from muser_dist.data.config import DataConfig
 from muser_dist.errors import ConfigError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.models.weights import load_weights, report_weights
 from muser_dist.muser import save_model
 from muser_dist.recipes import find_recipe, load_recipe
 from muser_dist.recipes.finetune import finetune
-from tests.small import small_config
+from muser_dist.train.store import CheckpointStore
+from tests.small import LOCAL, small_config
 
 
 def two_stages() -> Stages:
@@ -138,8 +140,33 @@ def test_a_start_that_is_not_there_is_named(tmp_path):
 def test_a_start_is_an_absolute_path_for_workers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = replace(small_config().model, start="runs/x")
-    assert model.with_absolute_weights().start == str(tmp_path / "runs/x")
-    assert ModelConfig(audio=model.audio).with_absolute_weights().start == ""
+    assert model.with_absolute_paths().start == str(tmp_path / "runs/x")
+    assert ModelConfig(audio=model.audio).with_absolute_paths().start == ""
+
+
+def test_networks_and_tokenizers_out_of_folders_are_absolute_paths_for_workers(tmp_path, monkeypatch):
+    """Ray Train's workers run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bert", "words"):
+        (tmp_path / name).mkdir()
+    text = TowerConfig("hf_text", {"model": "bert"}, weights="bert")
+    model = ModelConfig(text=text, audio=TowerConfig("hf_waveform", {"model": "on/the-hub"})).with_absolute_paths()
+    assert model.text.options["model"] == model.text.weights == str(tmp_path / "bert")
+    assert model.audio.options["model"] == "on/the-hub"
+    data = DataConfig(tokenizer="bert", storage_options="key.json", cache_folder="cache").with_absolute_paths()
+    assert (data.tokenizer, data.storage_options) == (str(tmp_path / "bert"), str(tmp_path / "key.json"))
+    assert data.cache_folder == str(tmp_path / "cache")
+    assert DataConfig(tokenizer="words").with_absolute_paths() == DataConfig(tokenizer="words")  # which is no folder
+
+
+def test_runs_in_stages_have_checkpoints_of_their_own_in_one_place():
+    def places(name: str) -> list[str]:
+        config = small_config(train={"checkpoint_storage": "s3://bucket/checkpoints/"}, name=name)
+        stages = Stages((Stage("first", config), Stage("second", config)))
+        return [CheckpointStore(run, LOCAL).url for run in stages.chained("small")]
+
+    assert places("a") == ["s3://bucket/checkpoints/a/first", "s3://bucket/checkpoints/a/second"]
+    assert places("b")[0] == "s3://bucket/checkpoints/b/first"
 
 
 def test_an_exported_model_names_no_place_and_can_be_fine_tuned(tmp_path):
