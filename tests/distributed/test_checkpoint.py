@@ -221,7 +221,7 @@ def misses_a_part(rank: int, folder: Path) -> None:
 
 
 class Slow(CheckpointStore):
-    """Storage that takes longer for one rank than the others would wait in a collective."""
+    """Storage that takes longer for one of two ranks."""
 
     def write(self, step: int, name: str, content: bytes) -> dict:
         if dist.get_rank() == 1:
@@ -233,18 +233,17 @@ def does_not_take_a_slow_storage_for_a_hang(rank: int, folder: Path) -> None:
     config = config_of(folder, dist.get_world_size(), 2, "slow")
     checkpoints = Checkpoints(Slow(config, LOCAL), 2, 60.0, RunLog(config, 2) if rank == 0 else None)
     checkpoints.save(engine_of(config), Position(2, TOTALS, 1.5), None)
-    longest, reduced = 0.0, dist.all_reduce
+    times, reduce = 0, dist.all_reduce
 
-    def timed(*arguments: object) -> None:
-        nonlocal longest
-        start = time.monotonic()
-        reduced(*arguments)
-        longest = max(longest, time.monotonic() - start)
+    def counted(*arguments: object) -> None:
+        nonlocal times
+        times += 1
+        reduce(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", timed)
+        patch.setattr(dist, "all_reduce", counted)
         assert checkpoints.finish() == 2
-    assert longest < 2.2
+    assert times > 2  # the ranks meet while the part is written, and not only when it is and when all is
 
 
 def fails_for_good(rank: int, folder: Path) -> None:
