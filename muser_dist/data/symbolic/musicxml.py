@@ -1,7 +1,8 @@
 """MusicXML, plain or packed (.mxl), to ABC.
 
 The lytk package does it. What it cannot be trusted with is looked at before: entities, which may stand for gigabytes,
-deep nesting, and archives that unpack to more than they should.
+deep nesting, and archives that unpack to more than they should. It reads a copy, of elements, attributes and texts
+alone, because it writes texts into ABC as they are: a line that a text ended would be music, or music would be lost.
 """
 
 import io
@@ -13,6 +14,13 @@ from muser_dist.errors import DataError
 
 _DEEPEST = 64
 """Elements inside each other; scores have about ten."""
+
+_PLAIN = str.maketrans(
+    {code: " " for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}  # what ends a line, or controls something
+    | {'"': "'", "%": " ", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
+)
+"""What becomes of characters of texts, and of values of attributes: in ABC none ends a line or a string, or begins a
+comment."""
 
 _CONTAINER = "META-INF/container.xml"
 _CONTAINER_BYTES = 1 << 16
@@ -33,20 +41,43 @@ def musicxml_to_abc(data: bytes, max_bytes: int, max_elements: int) -> str:
     """
     if data.startswith(b"PK"):
         data = _unpack(data, max_bytes)
-    roots: list[str] = []
-    _walk(data, max_elements, lambda name, _: roots.append(name) if not roots else None)
-    if roots[0] not in ("score-partwise", "score-timewise"):
-        raise DataError(f"no MusicXML score: its element is {roots[0][:40]!r}")
+    copy = _copy(data, max_elements)
     import lytk  # native code of some megabytes, which only MusicXML needs
 
     try:
-        return lytk.to_abc(lytk.from_musicxml_bytes(data))
+        return lytk.to_abc(lytk.from_musicxml_bytes(copy))
     except Exception as error:  # whatever it is, one row must not end the run
         raise DataError(f"broken MusicXML: {error}") from None
 
 
-def _walk(data: bytes, max_elements: int, visit: Callable[[str, dict[str, str]], object]) -> None:
-    """Visits the elements, by name and attributes, in their order; errors as of `musicxml_to_abc`."""
+def _copy(data: bytes, max_elements: int) -> bytes:
+    """A score without declarations and comments, in UTF-8, its texts plain; errors as of `musicxml_to_abc`."""
+    copy = io.StringIO()
+
+    def begin(name: str, attributes: dict[str, str]) -> None:
+        if not copy.tell() and name not in ("score-partwise", "score-timewise"):
+            raise DataError(f"no MusicXML score: its element is {name[:40]!r}")
+        values = "".join(f' {key}="{value.translate(_PLAIN)}"' for key, value in attributes.items())
+        copy.write(f"<{name}{values}>")
+
+    _walk(
+        data,
+        max_elements,
+        begin,
+        lambda name: copy.write(f"</{name}>"),
+        lambda text: copy.write(text.translate(_PLAIN)),
+    )
+    return copy.getvalue().encode()
+
+
+def _walk(
+    data: bytes,
+    max_elements: int,
+    visit: Callable[[str, dict[str, str]], object],
+    leave: Callable[[str], object] = lambda _: None,
+    text: Callable[[str], object] | None = None,
+) -> None:
+    """Visits the elements in their order, by name and attributes, and their texts; errors as of `musicxml_to_abc`."""
     depth = count = 0
 
     def begin(name: str, attributes: dict[str, str]) -> None:
@@ -61,12 +92,16 @@ def _walk(data: bytes, max_elements: int, visit: Callable[[str, dict[str, str]],
     def end(name: str) -> None:
         nonlocal depth
         depth -= 1
+        leave(name)
 
     def refuse(*_: object) -> None:
         raise DataError("MusicXML that declares entities")
 
     parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler, parser.EntityDeclHandler = begin, end, refuse
+    parser.buffer_text = True
+    parser.specified_attributes = True  # a default may be long, and stand for each of many elements
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = begin, end, text
+    parser.EntityDeclHandler = refuse
     try:
         parser.Parse(data, True)
     except DataError:

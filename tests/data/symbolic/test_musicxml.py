@@ -77,6 +77,58 @@ def test_no_word_gets_through():
     assert text == "M:4/4\nL:1/8\nK:G clef=treble\nc8|\n"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Fast\nand loud",
+        "x&#10;K:D",
+        "x&#13;&#10;C2 D2 E2|",
+        "<![CDATA[x\nC D E]]>",
+        'a "b|c" d',
+        "&quot;",
+        "100% [K:D]",
+    ],
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "<direction><direction-type><words>{}</words></direction-type></direction>",
+        "<direction><direction-type><rehearsal>{}</rehearsal></direction-type></direction>",
+        "<lyric><text>{}</text></lyric>",
+        "name",
+        "title",
+    ],
+)
+def test_no_text_breaks_out_of_its_place(place, text):
+    """lytk writes texts into ABC as they are: what came after a line break was music, what it cut short was lost."""
+
+    def music(text: str) -> str:
+        inside = place.format(text)
+        lyric, direction = (inside if place.startswith(f"<{name}") else "" for name in ("lyric", "direction"))
+        first = [[note("C5", 16, lyric), direction, note("D5", 16)], [note("E5", 32)]]
+        made = score(first, [[note("C3", 32)]], names=(text if place == "name" else "Flute",))
+        made = made.replace("Wistful Brindle", text) if place == "title" else made
+        return clean_abc(convert(made), CONFIG.headers, instruments=False)
+
+    assert music(text) == music("x")
+    assert music("x").endswith("[V:1]c4 d4|[V:2]C,8|\n[V:1]e8|\n")
+
+
+def test_declared_defaults_of_attributes_are_not_read():
+    """Each of many elements would have its own copy of them."""
+    default = f'<!ATTLIST words font-family CDATA "{"x" * 100_000}">'
+    text = SCORE.replace('"partwise.dtd">', f'"partwise.dtd" [{default}]>')
+    many = text.replace(
+        "<note>", "<direction><direction-type><words>x</words></direction-type></direction>" * 500 + "<note>"
+    )
+    tracemalloc.start()
+    try:
+        assert clean(many) == clean(SCORE)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 QUARTER = 480
 """Ticks of lytk's arrays."""
 
