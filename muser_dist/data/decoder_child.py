@@ -180,10 +180,11 @@ def _serve_windows(
             return
         if done < TOGETHER:
             return
-        signal.alarm(2 * round(SECONDS))
+        signal.alarm(0)  # the parent may take its time with these
         requests.send(b".")
         if not requests.recv(1):
             raise ConnectionError("the parent is gone")
+        signal.alarm(2 * round(SECONDS))
 
 
 def _words(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """A whole clip as windows: each is the crop that stands there."""
 
 import io
+import sys
+import time
 import tracemalloc
 
 import av
@@ -191,5 +193,23 @@ def test_the_decoder_cuts_them_as_this_process_would():
         with pytest.raises(DataError, match="silent"):
             list(isolated.windows(stored(encode(np.zeros(8_000, np.float32), 8_000)), None))
         assert len(list(isolated.windows(stored(data), 0.1))) == 41
+    finally:
+        isolated.close()
+
+
+def test_the_child_waits_for_its_parent_as_long_as_that_takes(tmp_path, monkeypatch):
+    """Its alarm is for what it decodes. A minute of it is a second here."""
+    hurried = "import signal\nsignal.alarm = lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 60)\n"
+    (tmp_path / "sitecustomize.py").write_text(hurried)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    data = encode(tone(4, 4.0, 8_000), 8_000)
+    isolated = Decoder(DataConfig(sample_rate=8_000, crop_seconds=0.1))
+    try:
+        windows = isolated.windows(stored(data), None)
+        next(windows)
+        process = isolated._process
+        time.sleep(3)
+        assert sum(1 for _ in windows) == 39
+        assert isolated._process is process
     finally:
         isolated.close()
