@@ -16,6 +16,10 @@ class DataError(MuserError):
     """Shards, clips or metadata cannot be used as given."""
 
 
+class UnreadError(DataError):
+    """Storage does not give the bytes of what is open; it may later."""
+
+
 class ClusterError(MuserError):
     """The cluster cannot place what the run asks for."""
 

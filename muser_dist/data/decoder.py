@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from muser_dist.data.config import DataConfig
-from muser_dist.data.decoder_child import CACHED, SECONDS, TOGETHER, share
+from muser_dist.data.decoder_child import CACHED, SECONDS, TOGETHER, UNREAD, share
 from muser_dist.data.tar import Stored
-from muser_dist.errors import DataError
+from muser_dist.errors import DataError, UnreadError
 
 _Request = tuple[Stored, list[Any]]
 """A member, and what is wanted of it: as decoder_child.py says."""
@@ -79,7 +79,8 @@ class Decoder:
 
         Returns:
             of each crop how it was decoded, or an error: as there; or the shard ends inside the
-            member, or decoding takes too long or has killed its process twice.
+            member, or decoding takes too long or has killed its process twice. UnreadError where the shard
+            cannot be read.
         """
         rows = list(crops)
         answers = self._ask(
@@ -150,7 +151,7 @@ class Decoder:
             done = int(self._shared["done"][0])
             lengths, windows = self._shared["length"][:done].tolist(), self._shared[made][:done].copy()
             words = [text.decode(errors="replace") for text in self._shared["text"][:done].tolist()]
-            error = words[done - 1] if -1 in lengths else None
+            error = _error(lengths[-1], words[-1]) if done and lengths[-1] < 0 else None
             ended = error is not None or done < TOGETHER
             try:
                 yield from zip(windows[: done - (error is not None)], lengths, words, strict=False)
@@ -159,7 +160,7 @@ class Decoder:
                     self.close()
                 raise
             if error is not None:
-                raise DataError(error)
+                raise error
             if ended:
                 return
             self._exchange(b".", [])
@@ -196,7 +197,7 @@ class Decoder:
                 error = stall
             for i in range(self._shared["done"][0]):
                 length, text = int(self._shared["length"][i]), self._shared["text"][i].decode(errors="replace")
-                answers.append((length, text) if length >= 0 else DataError(text))
+                answers.append((length, text) if length >= 0 else _error(length, text))
                 if into is not None and length >= 0:
                     into[rows[first + i]] = self._shared[made][i]
             if error is not None:
@@ -283,6 +284,11 @@ class Decoder:
         """Ends the child."""
         if self._socket is not None:
             self._bury()
+
+
+def _error(length: int, words: str) -> DataError:
+    """The error that an answer of the child is."""
+    return UnreadError(words) if length == UNREAD else DataError(words)
 
 
 def decoder(config: DataConfig) -> Decoder:

@@ -35,7 +35,7 @@ from muser_dist.data.config import DataConfig
 from muser_dist.data.symbolic.characters import PATCH_BYTES
 from muser_dist.data.tar import Stored
 from muser_dist.data.windows import cut_consecutive, cut_windows
-from muser_dist.errors import DataError
+from muser_dist.errors import DataError, UnreadError
 
 SECONDS = 60.0
 """Time after which decoding one member is given up; the slowest honest one takes a few."""
@@ -49,6 +49,9 @@ and its own work takes four times as long."""
 
 CACHED = "cached"
 """Words of an answer whose clip came from the cache."""
+
+FAILED, UNREAD = -1, -2
+"""Lengths of answers that are errors: of any, and of UnreadError."""
 
 _REQUEST_BYTES = 256 * TOGETHER
 
@@ -74,7 +77,7 @@ def share(memory: int, config: DataConfig) -> dict[str, np.ndarray]:
 
     Returns:
         done    int64 (1,)                      requests that are answered
-        length  int64 (TOGETHER,)               of each answer: samples or patches before the padding; -1 is an error
+        length  int64 (TOGETHER,)               of each answer: samples or patches before the padding; or an error
         text    bytes (TOGETHER,)               its words
         crop    int16 (TOGETHER, samples)       its waveform
         patches uint8 (TOGETHER, patches, 64)   its notation
@@ -111,7 +114,7 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
             signal.alarm(2 * round(SECONDS))  # should the parent be gone, nobody else ends what never ends
             length, words = 0, ""
             try:
-                data = Stored(file, offset, size).read()
+                data = _read(Stored(file, offset, size))
                 if wanted in ("windows", "pieces"):
                     _serve_windows(requests, shared, *_windows(data, config, wanted, *how))
                     break
@@ -128,7 +131,7 @@ def _serve(requests: socket.socket, shared: dict[str, np.ndarray], config: DataC
             except ConnectionError:
                 raise
             except Exception as error:  # whatever it is, one row must not end the run
-                length, words = -1, _words(error)
+                length, words = _told(error)
             finally:
                 os.close(file)
             shared["length"][i], shared["text"][i] = length, words.encode(errors="replace")
@@ -175,7 +178,8 @@ def _serve_windows(
                 shared["text"][done - 1] = words.encode()
                 shared["done"][0] = done
         except Exception as error:  # whatever it is, one row must not end the run
-            shared["length"][done], shared["text"][done] = -1, _words(error).encode(errors="replace")
+            length, words = _told(error)
+            shared["length"][done], shared["text"][done] = length, words.encode(errors="replace")
             shared["done"][0] = done + 1
             return
         if done < TOGETHER:
@@ -187,8 +191,17 @@ def _serve_windows(
         signal.alarm(2 * round(SECONDS))
 
 
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+def _read(member: Stored) -> bytes:
+    try:
+        return member.read()
+    except OSError as error:  # apart from those that decoders raise
+        raise UnreadError(f"{type(error).__name__}: {error}") from None
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Length and words of an answer that is an error."""
+    words = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    return UNREAD if isinstance(error, UnreadError) else FAILED, words
 
 
 if __name__ == "__main__":

@@ -39,11 +39,10 @@ def open_source(storage: Storage, url: str) -> BinaryIO:
         raise DataError(f"--shards: {redact(url)} {error}; the same command goes on when it can be read") from None
 
 
-def unreadable(url: str, error: OSError) -> DataError:
-    """What to raise where an open source cannot be read, so that it is blamed and not the new shard."""
-    return DataError(
-        f"--shards: {redact(url)} cannot be read ({error.strerror or error}); the same command goes on when it can be"
-    )
+def unreadable(url: str, reason: object) -> DataError:
+    """What to raise where a source cannot be read, so that it is blamed, and neither its rows nor what is written."""
+    reason = getattr(reason, "strerror", None) or reason  # an OSError's own words
+    return DataError(f"--shards: {redact(url)} cannot be read ({reason}); the same command goes on when it can be")
 
 
 def identity(url: str, source: BinaryIO) -> list[Any]:

@@ -29,6 +29,7 @@ class Row:
         offset: byte in the shard at which the sample begins.
         audio: extension of its audio member, if it has one.
         problem: why it cannot be used at all.
+        unread: whether that is because storage does not give the shard, as it may later.
     """
 
     shard: str
@@ -38,6 +39,7 @@ class Row:
     problem: str | None = None
     _members: dict[str, Member] | None = None
     _file: BinaryIO | None = None
+    unread: bool = False
 
     @classmethod
     def of(cls, shard: str, sample: Sample, file: BinaryIO | None) -> "Row":
@@ -86,11 +88,12 @@ class Row:
 
 @dataclass(frozen=True)
 class _Shard:
-    """An open shard, its samples, and why there are no more."""
+    """An open shard, its samples, why there are no more, and whether storage is why."""
 
     file: BinaryIO | None
     samples: list[Sample]
     end: str
+    unread: bool
     since: float
 
 
@@ -115,7 +118,7 @@ class RowReader:
         name = redact(url)
         opened = self._open(url)
         if number >= len(opened.samples):
-            return Row(name, problem=opened.end)
+            return Row(name, problem=opened.end, unread=opened.unread)
         return Row.of(name, opened.samples[number], opened.file)
 
     def _open(self, url: str) -> _Shard:
@@ -199,13 +202,14 @@ _opened: OrderedDict[object, _Shard] = OrderedDict()
 def _walk(storage: Storage, url: str) -> _Shard:
     samples: list[Sample] = []
     file: BinaryIO | None = None
+    unread = False
     end = "the shard holds fewer samples than its index says"
     try:
         file = storage.open(url)
         for sample in walk(file):  # one at a time: the samples before a damage count
             samples.append(sample)
     except DataError as error:
-        end = f"the shard {error}"
+        end, unread = f"the shard {error}", file is None
     except OSError as error:
-        end = f"the shard cannot be read: {error}"
-    return _Shard(file, samples, end, time.monotonic())
+        end, unread = f"the shard cannot be read: {error}", True
+    return _Shard(file, samples, end, unread, time.monotonic())

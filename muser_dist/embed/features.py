@@ -26,7 +26,7 @@ from muser_dist.data.rows import Row
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, walk
-from muser_dist.errors import ConfigError, DataError
+from muser_dist.errors import ConfigError, DataError, UnreadError
 from muser_dist.files import alone_in, write_whole
 from muser_dist.muser import Muser
 
@@ -183,10 +183,10 @@ def _features(
                     raise DataError(row.problem)
                 for waveform, length in decoder(muser.config.data).windows(row.sound(), None):
                     yield sample.index, waveform, length
+            except UnreadError as error:
+                raise unreadable(url, error) from None
             except DataError as error:
                 problems[sample.index] = str(error)
-            except OSError as error:
-                raise unreadable(url, error) from None
 
     made: dict[int, list[np.ndarray]] = {}
     heard = windows()

@@ -27,12 +27,13 @@ from muser_dist.config import Modality
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.config import DataConfig
 from muser_dist.data.decoder import Crop, Piece, decoder
+from muser_dist.data.rewriting import unreadable
 from muser_dist.data.rows import FileReader, Row, RowReader
 from muser_dist.data.symbolic.characters import PATCH_BYTES
 from muser_dist.data.symbolic.members import draw_members
 from muser_dist.data.text import TextPolicy, joined, read_fields
 from muser_dist.data.windows import Windows
-from muser_dist.errors import DataError, require
+from muser_dist.errors import DataError, UnreadError, require
 from muser_dist.muser import Muser
 
 
@@ -88,7 +89,11 @@ class SongReader:
         self._first = np.concatenate([[0], np.cumsum(rows.index.rows)])
 
     def read(self, first: int, stop: int) -> Iterator[Chunk]:
-        """Yields the batches of a task, the rows first <= r < stop."""
+        """Yields the batches of a task, the rows first <= r < stop.
+
+        Raises:
+            DataError: a shard cannot be opened or read, so that what it lacks is not taken for damage of its rows.
+        """
         told: dict[int, dict[str, Any]] = {}
         problems: list[dict[str, Any]] = []
         pieces: dict[int, Piece] = {}
@@ -113,6 +118,8 @@ class SongReader:
                     report(number, row, "", error)
 
         def unheard(number: int, error: DataError) -> None:
+            if isinstance(error, UnreadError) and isinstance(self.rows, RowReader):
+                raise unreadable(kept[number - first].shard, error)
             told[number]["windows"] = 0
             report(number, kept[number - first], pieces[number].extension, error)
 
@@ -133,6 +140,8 @@ class SongReader:
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         within = number - int(self._first[shard])
         row = self.rows.row(shard, within)
+        if row.unread:
+            raise unreadable(row.shard, row.problem)
         if within == 0 and (surplus := self.rows.surplus(shard)):  # told once: by whoever reads the shard's first row
             reason = f"the shard holds {surplus} samples more than its index says; they are not used"
             report(number, row, "", reason, row=None, key="", count=surplus)
@@ -152,7 +161,9 @@ class SongReader:
             told["fields"] = {name: lines[name] for name in self.wanted.fields if name in lines}
             if "text" in self.wanted.modalities:
                 told["text"], _ = self._policy.say(values, None)
-        except (DataError, OSError) as error:
+        except OSError as error:
+            raise unreadable(row.shard, error) from None
+        except DataError as error:
             report(number, row, "json", error)
         return told
 

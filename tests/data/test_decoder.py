@@ -12,7 +12,7 @@ from muser_dist.data.config import DataConfig
 from muser_dist.data.decoder import Crop, Decoder
 from muser_dist.data.pipeline import evaluation_chunks
 from muser_dist.data.tar import Stored
-from muser_dist.errors import DataError
+from muser_dist.errors import DataError, UnreadError
 from tests.fatal import FATAL, HUNGRY, STALLING, install
 from tests.shardmaker import encode, sample, tone, write_shard
 from tests.small import LOCAL, index_of, small_config
@@ -120,6 +120,17 @@ def test_a_shard_that_ends_inside_a_member_is_no_death(decoder):
     with pytest.raises(DataError, match=r"cut short: 26,427 of 99,999 bytes are there"):
         crop(decoder, Stored(whole.file, whole.offset, 99_999), 0.5, None)
     assert crop(decoder, whole, 0.5, None)[0].any()
+
+
+def test_a_member_that_storage_does_not_give_is_told_from_a_bad_one(decoder, tmp_path):
+    unread = Stored(os.open(tmp_path, os.O_RDONLY), 0, 99)  # a folder can be opened and not read
+    with pytest.raises(UnreadError, match="IsADirectoryError"):
+        crop(decoder, unread, 0.5, None)
+    with pytest.raises(UnreadError, match="IsADirectoryError"):
+        list(decoder.windows(unread, 0.5))
+    with pytest.raises(DataError, match="cannot be decoded") as error:
+        crop(decoder, stored(b"no audio"), 0.5, None)
+    assert not isinstance(error.value, UnreadError)
 
 
 def test_many_crops_each_get_their_own_answer(decoder):

@@ -1,7 +1,10 @@
 """Embedding without Ray: what a part holds, and which parts are made again."""
 
 import json
+import os
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +13,9 @@ import pytest
 from muser_dist import Muser
 from muser_dist.data.decoder import decoder
 from muser_dist.data.pipeline import evaluation_chunks
-from muser_dist.data.rows import FileReader, RowReader, index_files
+from muser_dist.data.rows import FileReader, Row, RowReader, index_files
+from muser_dist.data.shards import ShardIndex
+from muser_dist.data.tar import Stored
 from muser_dist.embed import job
 from muser_dist.embed.job import Collector
 from muser_dist.embed.parts import Manifest, Parts
@@ -163,6 +168,42 @@ def test_a_part_that_cannot_be_written_is_named(muser, shards, tmp_path):
     parts.path(1).mkdir()
     with pytest.raises(DataError, match=r"--out: cannot write .*part-00001\.parquet \(Is a directory\)"):
         embed(muser, songs, parts)
+
+
+def copied(shards, folder):
+    """The shards in another folder."""
+    folder.mkdir()
+    for url in index_of(shards).urls:
+        shutil.copy(url, folder)
+    return index_of(f"{folder}/*.tar")
+
+
+def test_an_outage_of_storage_ends_the_job_and_no_row(muser, shards, tmp_path, monkeypatch):
+    """What was written down as damage of rows would never be made again."""
+    local = copied(shards, tmp_path / "local")
+    Path(local.urls[1]).unlink()
+    remote = ShardIndex(["memory://none/a-0.tar"], np.array([3]), {})
+    for index, rows, message in (
+        (local, (int(local.rows[0]), local.total), r"a-1\.tar cannot be read \(the shard .*No such file"),
+        (remote, (0, 3), r"memory://none/a-0\.tar cannot be read \(the shard cannot be fetched"),
+    ):
+        songs = SongReader(RowReader(index, LOCAL), muser.config.data, Wanted(("audio",), "all", 0.5, ()), 4)
+        with pytest.raises(DataError, match=f"--shards: .*{message}.*; the same command goes on when it can be"):
+            list(songs.read(*rows))
+    monkeypatch.setattr(Row, "sound", lambda row: Stored(os.open(tmp_path, os.O_RDONLY), 0, 9))  # a folder
+    for windows in ("all", "middle"):
+        songs, _ = parts_of(muser, RowReader(index_of(shards), LOCAL), tmp_path / windows, windows=windows)
+        with pytest.raises(DataError, match=r"--shards: .*a-0\.tar cannot be read \(IsADirectoryError"):
+            list(songs.read(0, 3))
+
+
+def test_a_damaged_shard_costs_its_rows(muser, shards, tmp_path):
+    index = copied(shards, tmp_path / "cut")
+    os.truncate(index.urls[1], Path(index.urls[1]).stat().st_size // 2)
+    songs, parts = parts_of(muser, RowReader(index, LOCAL), tmp_path / "out")
+    rows, entries = embed(muser, songs, parts)
+    assert rows + entries == index.total
+    assert 0 < parts.quarantine.read_text().count("damaged or cut short") < 5
 
 
 def test_another_job_is_refused_the_folder(muser, shards, tmp_path):
