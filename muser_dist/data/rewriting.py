@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from muser_dist.data.shards import ShardIndex
-from muser_dist.data.storage import Storage, redact
+from muser_dist.data.storage import Storage, local_path, redact
 from muser_dist.data.tar import Sample, Stored
 from muser_dist.errors import ClusterError, ConfigError, DataError
 
@@ -27,7 +27,7 @@ def check_names(index: ShardIndex, folder: Path) -> None:
     names = Counter(Path(url).name for url in index.urls)
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise ConfigError(f"--shards: two shards are called {twice}, and so would the new ones; take them apart")
-    if any(Path(url).parent == folder for url in index.urls):
+    if any(Path(path).parent == folder for path in map(local_path, index.urls) if path is not None):
         raise ConfigError(f"--out {folder} is where the shards lie, which would be overwritten; give another folder")
 
 
@@ -49,7 +49,7 @@ def identity(url: str, source: BinaryIO) -> list[Any]:
     """What tells an open source from another version of it, as JSON values, without reading it."""
     # A copy of a remote shard is named after its version, and its time is that of its last use.
     stat = os.fstat(source.fileno())
-    return [Path(source.name).name] if "://" in url else [stat.st_size, stat.st_mtime_ns]
+    return [Path(source.name).name] if local_path(url) is None else [stat.st_size, stat.st_mtime_ns]
 
 
 def extension_of(sample: Sample, kind: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from muser_dist.data.audio import EXTENSIONS
 from muser_dist.data.shards import ShardIndex
-from muser_dist.data.storage import Storage, redact
+from muser_dist.data.storage import Storage, local_path, redact
 from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, Member, Sample, Stored, walk
 from muser_dist.errors import DataError
@@ -123,9 +123,9 @@ class RowReader:
 
     def _open(self, url: str) -> _Shard:
         key: object = url
-        if "://" not in url:
+        if (local := local_path(url)) is not None:
             try:  # another file under the same name is another shard
-                stat = os.stat(url)
+                stat = os.stat(local)
                 key = (url, stat.st_ino, stat.st_size, stat.st_mtime_ns)
             except OSError:
                 key = (url, "missing")

@@ -53,6 +53,11 @@ def redact(text: str) -> str:
     return re.sub(r"(\w+://[^?\s'\"]*)\?[^\s'\")]*", r"\1", text)
 
 
+def local_path(url: str) -> str | None:
+    """The path of a shard that is read where it lies; None of one that is copied."""
+    return url.removeprefix("file://") if "://" not in url or url.startswith("file://") else None
+
+
 class Storage:
     """Access to shards.
 
@@ -198,8 +203,8 @@ class Storage:
             DataError: it cannot be asked for.
         """
         try:
-            if "://" not in url:
-                stat = os.stat(url)
+            if (local := local_path(url)) is not None:
+                stat = os.stat(local)
                 return [str(stat.st_size), str(stat.st_mtime_ns)]
             fs, path = self.filesystem(url, url)
             return _version(self._patiently(partial(self._call, fs, "info", path)))
@@ -213,8 +218,8 @@ class Storage:
             DataError: the shard cannot be fetched; the message says why, without secrets.
             OSError: a local shard cannot be opened.
         """
-        if "://" not in url or url.startswith("file://"):
-            return open(url.removeprefix("file://"), "rb")
+        if (local := local_path(url)) is not None:
+            return open(local, "rb")
         while True:
             with contextlib.suppress(FileNotFoundError):  # another task made room; fetch it again
                 return self._copy(url).open("rb")

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
+from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import SIDECAR, ShardIndex, index_shards
 from muser_dist.errors import DataError
-from tests.shardmaker import write_shards
+from tests.shardmaker import sample, write_shard, write_shards
 from tests.small import LOCAL
 
 
@@ -50,6 +51,19 @@ def test_relative_patterns_become_absolute(tmp_path, monkeypatch):
     write_shards(tmp_path / "here", [1])
     monkeypatch.chdir(tmp_path)
     assert LOCAL.expand(["here/*.tar"], "data.train") == [f"{tmp_path}/here/train-00000.tar"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_another_local_shard_of_the_same_name_is_read_anew(tmp_path, scheme):
+    versions, keys = [], []
+    for number in range(2):
+        write_shard(tmp_path / "a.tar", [(f"piece{number}", sample(number))])
+        index = index_shards(LOCAL, [f"{scheme}{tmp_path}/a.tar"], "data.train")
+        versions.append(LOCAL.version(index.urls[0]))
+        keys.append(RowReader(index, LOCAL).row(0, 0).key)
+    stat = (tmp_path / "a.tar").stat()
+    assert versions[1] == [str(stat.st_size), str(stat.st_mtime_ns)] != versions[0]
+    assert keys == ["piece0", "piece1"]
 
 
 def test_a_shard_that_cannot_be_opened(tmp_path):

@@ -129,6 +129,18 @@ def test_a_shard_that_breaks_off_gives_the_rows_before(muser, shards, tmp_path):
     assert len(members(tmp_path / "out" / "cut.tar")) == 4 * record.made  # flac, json, txt and npy
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_shard_that_is_another_one_under_its_name_is_read_anew(muser, shards, tmp_path, scheme):
+    source, url, out = Source.of(muser, "audio", index_of(shards)), f"{scheme}{tmp_path}/a.tar", tmp_path / "out"
+    out.mkdir()
+    for shard, first in zip(index_of(shards).urls, ("piece00", "piece06"), strict=True):
+        (tmp_path / "a.tar").write_bytes(Path(shard).read_bytes())
+        write_features(lambda: muser, source, LOCAL, url, 6, out)
+        assert f"{first}.npy" in members(out / "a.tar")
+    with pytest.raises(ConfigError, match="is where the shards lie"):
+        check_names(index_of(url), tmp_path)
+
+
 def test_another_job_is_refused_the_folder(muser, shards, tmp_path):
     index = index_of(shards)
     source = Source.of(muser, "audio", index)
