@@ -140,7 +140,7 @@ def job(arguments: list[str]) -> None:
         rows = FileReader(index_files(root, wanted.notation), root)
     else:
         rows = RowReader(index_shards(storage, storage.expand(options.shards, "shards"), "shards"), storage)
-    parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, options.part_rows), made_by)
+    parts = Parts(options.out.absolute(), Manifest.of(muser, wanted, rows.index, storage, options.part_rows), made_by)
     embed(model, SongReader(rows, data, wanted, muser.window_batch), parts, options.gpu, progress)
     embedded, problems = parts.finish()
     print(f"{parts.manifest.rows:,} rows: {embedded:,} embedded; {problems:,} entries in {parts.quarantine}")

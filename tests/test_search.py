@@ -111,7 +111,7 @@ def test_indices_that_cannot_be_searched_say_so(tmp_path):
     with pytest.raises(DataError, match=r"1 of 2 parts are missing or torn, the first is part-00001\.parquet"):
         Index.open(tmp_path)
     parts.path(1).write_bytes(whole)
-    (tmp_path / "manifest.json").write_text('{"format": 3, "content": {}}')
+    (tmp_path / "manifest.json").write_text('{"format": 4, "content": {}}')
     with pytest.raises(DataError, match="is broken"):
         Index.open(tmp_path)
 

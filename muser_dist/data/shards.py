@@ -115,6 +115,12 @@ def index_shards(
     return ShardIndex(urls, np.array([known[url] for url in urls], np.int64), problems)
 
 
+def shard_versions(storage: Storage, index: ShardIndex) -> list[list[str]]:
+    """What tells each shard, or file, from other versions of it: `Storage.version`, whose errors it raises."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(storage.version, index.urls))
+
+
 def _folder(url: str) -> str:
     return url.rpartition("/")[0]
 

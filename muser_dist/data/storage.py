@@ -208,6 +208,8 @@ class Storage:
                 return [str(stat.st_size), str(stat.st_mtime_ns)]
             fs, path = self.filesystem(url, url)
             return _version(self._patiently(partial(self._call, fs, "info", path)))
+        except DataError as error:
+            raise DataError(f"{redact(url)} {error}") from None
         except OSError as error:
             raise DataError(f"{redact(url)} cannot be opened: {redact(error.strerror or str(error))}") from None
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from muser_dist.config import Modality
-from muser_dist.data.shards import ShardIndex
-from muser_dist.data.storage import redact
+from muser_dist.data.shards import ShardIndex, shard_versions
+from muser_dist.data.storage import Storage, redact
 from muser_dist.data.symbolic.config import SymbolicConfig
 from muser_dist.data.windows import Windows
 from muser_dist.embed.songs import Wanted
@@ -32,7 +32,7 @@ from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import write_whole
 from muser_dist.muser import Muser
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, QUARANTINE = "manifest.json", "quarantine.jsonl"
 _KEY, _PROBLEMS = b"muser_dist", b"muser_dist.quarantine"
 _RESERVED = ("key", "shard", "row", "windows", "text")
@@ -56,7 +56,8 @@ class Manifest:
         symbolic: how notation is read; None where none is.
         rows: of all parts.
         part_rows: of a part; the last one has fewer.
-        inputs: SHA-256 over the shards' or files' names and their numbers of rows.
+        inputs: SHA-256 over the shards' or files' names, their numbers of rows, and what tells them from others of
+            their names: size and time, or what the storage says.
     """
 
     model: str
@@ -75,10 +76,10 @@ class Manifest:
     symbolic: SymbolicConfig | None = None
 
     @staticmethod
-    def of(muser: Muser, wanted: Wanted, index: ShardIndex, part_rows: int) -> "Manifest":
-        """What a job makes."""
+    def of(muser: Muser, wanted: Wanted, index: ShardIndex, storage: Storage, part_rows: int) -> "Manifest":
+        """What a job makes; raises DataError where the storage does not say which version of a shard it has."""
         data = muser.config.data
-        inputs = json.dumps([[redact(url), rows] for url, rows in zip(index.urls, index.rows.tolist(), strict=True)])
+        inputs = [map(redact, index.urls), index.rows.tolist(), shard_versions(storage, index)]
         return Manifest(
             model=muser.sha256,
             dim=muser.dim,
@@ -92,7 +93,7 @@ class Manifest:
             templates=data.templates if "text" in wanted.modalities else (),
             rows=index.total,
             part_rows=part_rows,
-            inputs=hashlib.sha256(inputs.encode()).hexdigest(),
+            inputs=hashlib.sha256(json.dumps(list(zip(*inputs, strict=True))).encode()).hexdigest(),
             symbolic=data.symbolic if wanted.notation else None,
         )
 

@@ -54,7 +54,7 @@ def parts_of(muser, rows, folder, part_rows=8, **wanted):
     """A job's reader and parts."""
     defaults = {"modalities": ("audio",), "windows": "all", "hop_seconds": 0.5, "fields": ()}
     songs = SongReader(rows, muser.config.data, Wanted(**defaults | wanted), batch=4)
-    parts = Parts(folder, Manifest.of(muser, songs.wanted, rows.index, part_rows), {"commit": "c0ffee"})
+    parts = Parts(folder, Manifest.of(muser, songs.wanted, rows.index, LOCAL, part_rows), {"commit": "c0ffee"})
     parts.claim()
     return songs, parts
 
@@ -223,6 +223,22 @@ def test_another_job_is_refused_the_folder(muser, shards, tmp_path):
     (tmp_path / "part-00000.parquet").touch()
     with pytest.raises(DataError, match=r"holds parts and no manifest\.json"):
         parts_of(muser, rows, tmp_path)
+
+
+def test_shards_and_files_made_anew_under_their_names_are_refused_the_folder(muser, shards, tmp_path):
+    index = copied(shards, tmp_path / "in")
+    (tmp_path / "in" / "song.flac").write_bytes(encode(song(1)))
+    files = FileReader(index_files(f"{tmp_path}/in"), f"{tmp_path}/in")
+    for rows, path in ((RowReader(index, LOCAL), Path(index.urls[1])), (files, tmp_path / "in" / "song.flac")):
+        out = tmp_path / path.name
+        parts_of(muser, rows, out)
+        parts_of(muser, rows, out)
+        path.write_bytes(path.read_bytes())  # perhaps the same; only its time is known
+        with pytest.raises(DataError, match=r"inputs: '[0-9a-f]{64}' there"):
+            parts_of(muser, rows, out)
+    Path(index.urls[1]).unlink()
+    with pytest.raises(DataError, match=r"a-1\.tar cannot be opened: No such file"):
+        parts_of(muser, RowReader(index, LOCAL), tmp_path / "new")
 
 
 def test_a_folder_of_files(muser, tmp_path):
