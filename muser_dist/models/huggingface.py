@@ -17,7 +17,7 @@ from muser_dist.data.spectrogram import LogMel, front_end
 from muser_dist.data.text import load_tokenizer
 from muser_dist.errors import ConfigError, require
 from muser_dist.models.batch_norm import replace_batch_norm, set_valid_rows
-from muser_dist.models.heads import masked_mean
+from muser_dist.models.heads import inside, masked_mean
 from muser_dist.models.spectrogram import image_of
 
 _ALWAYS = {
@@ -92,7 +92,8 @@ class HuggingFaceWaveform(nn.Module):
     """wav2vec 2.0, HuBERT, WavLM and their like on raw samples, averaged over the frames of the clip.
 
     MERT's architecture is HuBERT's: give its sizes as a "hubert" and its weights. Published ones want the sample rate
-    that they were trained at (16 kHz; MERT 24 kHz) as data.sample_rate.
+    that they were trained at (16 kHz; MERT 24 kHz) as data.sample_rate. Padding is not heard; but where the first norm
+    is over time ("feat_extract_norm" of "group": wav2vec 2.0's and HuBERT's base, MERT), it is part of that norm.
 
     Args:
         data: gives nothing but the contract of the batch.
@@ -126,13 +127,16 @@ class HuggingFaceWaveform(nn.Module):
         Returns:
             (rows, width).
         """
-        waveform = batch["audio"].to(self.encoder.dtype)
-        waveform = waveform - waveform.mean(dim=1, keepdim=True)
-        waveform = waveform / (waveform.std(dim=1, keepdim=True) + 1.0)  # int16 steps: 1 is the quietest sound
+        waveform = batch["audio"].to(torch.promote_types(self.encoder.dtype, torch.float32))
         lengths = batch["audio_length"].clamp(min=1)
-        inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths[:, None]
+        heard = inside(waveform, lengths)
+        # As their own feature extractor does it: over what is heard alone, and the padding is 0 afterwards.
+        mean = (waveform * heard).sum(dim=1, keepdim=True) / lengths[:, None]
+        waveform = (waveform - mean) * heard
+        deviation = (waveform.square().sum(dim=1, keepdim=True) / lengths[:, None]).sqrt()
+        waveform = (waveform / (deviation + 1.0)).to(self.encoder.dtype)  # int16 steps: 1 is the quietest sound
         every = self.layers == "mean"
-        output = self.encoder(waveform, attention_mask=inside, output_hidden_states=every)
+        output = self.encoder(waveform, attention_mask=heard, output_hidden_states=every)
         frames = torch.stack(output.hidden_states).mean(dim=0) if every else output.last_hidden_state
         frame_lengths = self.encoder._get_feat_extract_output_lengths(lengths).clamp(min=1)
         return masked_mean(frames, frame_lengths)
@@ -240,8 +244,7 @@ class HuggingFaceText(nn.Module):
             (rows, width).
         """
         ids, lengths = batch["text_ids"], batch["text_length"].clamp(min=1)
-        inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        hidden = self.encoder(input_ids=ids.long(), attention_mask=inside.long()).last_hidden_state
+        hidden = self.encoder(input_ids=ids.long(), attention_mask=inside(ids, lengths).long()).last_hidden_state
         if self.pooling == "mean":
             pooled = masked_mean(hidden, lengths)
         else:

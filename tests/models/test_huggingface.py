@@ -4,9 +4,17 @@ that training runs them."""
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ClapConfig, CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import (
+    BertConfig,
+    BertModel,
+    ClapConfig,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Wav2Vec2FeatureExtractor,
+)
 
 from muser_dist.config import RunConfig, TowerConfig
 from muser_dist.errors import ConfigError
@@ -123,6 +131,35 @@ def test_eos_pooling_and_projection_are_clips():
     torch.testing.assert_close(
         tower({"text_ids": ids, "text_length": lengths}), theirs(ids).text_embeds, rtol=1e-4, atol=1e-5
     )
+
+
+def test_padding_of_sound_is_not_heard():
+    """A short clip is what it is without padding, where no norm is over time."""
+    config = config_with("HuBERT")
+    tower, batch = MultimodalModel(config).eval().towers["audio"], batch_of(config)
+    lengths = batch["audio_length"][:] = torch.tensor([2999, 1, 1600, config.data.crop_samples], dtype=torch.int32)
+    batch["audio"] += 3000  # no mean of 0
+    padded = tower(batch)
+    for row, length in enumerate(lengths.tolist()):
+        short = max(length, 400)  # for which the network has a frame
+        alone = {"audio": batch["audio"][row : row + 1, :short], "audio_length": lengths[row : row + 1]}
+        torch.testing.assert_close(tower(alone)[0], padded[row], rtol=1e-4, atol=1e-5)
+
+
+def test_sound_is_normalised_as_by_their_feature_extractor():
+    config = config_with("wav2vec 2.0")
+    tower, batch = MultimodalModel(config).eval().towers["audio"], batch_of(config)
+    batch["audio"] += 3000
+    lengths = batch["audio_length"][:] = torch.tensor([2999, 800, 1600, config.data.crop_samples], dtype=torch.int32)
+    given = []
+    tower.encoder.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    tower(batch)
+    clips = [clip[:length].double().numpy() for clip, length in zip(batch["audio"], lengths.tolist(), strict=True)]
+    want = Wav2Vec2FeatureExtractor(return_attention_mask=True)(clips, padding=True, sampling_rate=16_000)
+    got = given[0].numpy()
+    for mine, theirs in zip(got, want["input_values"], strict=True):
+        np.testing.assert_allclose(mine[: len(theirs)], theirs, atol=1e-3)
+        assert not mine[len(theirs) :].any()
 
 
 @pytest.mark.parametrize("kind", ["wav2vec 2.0", "HuBERT", "WavLM"])
