@@ -231,14 +231,16 @@ class DataConfig(Strict):
 
     def with_absolute_paths(self) -> "DataConfig":
         """The same with whole paths to what workers open by themselves: they run in other folders."""
-        resolved: dict[str, str] = {
-            name: str(Path(path).resolve())
-            for name in ("storage_options", "cache_folder")
-            if (path := getattr(self, name))
-        }
-        if self.tokenizer_folder:
-            resolved["tokenizer"] = str(Path(self.tokenizer).resolve())
-        return replace(self, **resolved)
+
+        def of(path: str) -> str:
+            return str(Path(path).resolve()) if path else ""
+
+        return replace(
+            self,
+            storage_options=of(self.storage_options),
+            cache_folder=of(self.cache_folder),
+            tokenizer=of(self.tokenizer) if self.tokenizer_folder else self.tokenizer,
+        )
 
     def training_sources(self) -> tuple[SourceConfig, ...]:
         """The sources of training: `sources`, or `train` as the only one."""
