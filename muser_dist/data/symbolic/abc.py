@@ -10,12 +10,15 @@ line for each bar, in which every voice's part begins with [V:number] when there
     [V:1]d2 f2 a2|[V:2]D6|
     [V:1][K:G]g6:|[V:2]G,6:|
 
+A rest of several bars (Z4, X4) stands in the line of its first, and the voice's next bar so many lines later; bars that
+all voices rest through have no line.
+
 What the notation does not know, and what may hold words, is left out: free text, comments, directives, lyrics, remarks,
 annotations. Of quoted strings only chord symbols are left, of !decorations! only the standard's own (ABC 2.1).
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from string import ascii_letters
@@ -26,6 +29,8 @@ from muser_dist.errors import DataError
 _FIELD = re.compile(r"([A-Za-z+]):(.*)", re.DOTALL)
 _MUSIC_NOT_FIELD = re.compile(r"[A-Ga-gxz]:[|:]")
 """A line that begins so is a note and a repeat."""
+
+_REST_OF_BARS = re.compile("[XZ]([0-9]*)")
 
 _COMMENT = re.compile(r"(?<!\\)%.*")
 
@@ -113,20 +118,28 @@ def _decode(data: bytes) -> str:
 
 @dataclass
 class _Voice:
-    """A voice: what is said about it, its bars, and the bar that is being read."""
+    """A voice: what is said about it, its bars and their places, and the bar that is being read and how many it rests.
+
+    Places are numbers, not lists with room for all: a rest may last for more bars than memory holds.
+    """
 
     number: int
     settings: str = ""
     bars: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    place: int = 0
     bar: list[str] = field(default_factory=list)
     sounding: bool = False
+    rests: int = 0
 
     def end_bar(self, line: str) -> None:
         """Ends the bar with a bar line; what has no note or rest goes to the next one, or is nothing."""
         if self.sounding:
             self.bars.append("".join(self.bar).strip() + line)
+            self.places.append(self.place)
+            self.place += max(1, self.rests)
             self.bar.clear()
-            self.sounding = False
+            self.sounding, self.rests = False, 0
         elif line != "|":
             self.bar.append(line)
 
@@ -238,6 +251,8 @@ class _Tune:
                 voice = self._now()
                 voice.bar.append(kept)
                 voice.sounding |= kind in ("note", "chord")
+                if rest := _REST_OF_BARS.fullmatch(text):
+                    voice.rests += int(rest[1] or 1)
                 self._notes |= kind == "chord" or (kind == "note" and text[0] not in "xzXZ")
 
     def write(self) -> str:
@@ -248,14 +263,14 @@ class _Tune:
             raise DataError("ABC without notes")
         voices = [(voice, bars) for voice in self._voices.values() if (bars := voice.end())]
         lines = [*self._lines, *([self._key] if self._key else [])]
-        rows: list[list[str]] = [[] for _ in range(max(len(bars) for _, bars in voices))]
+        rows: dict[int, list[str]] = defaultdict(list)
         several = len(voices) > 1
         for voice, bars in voices:
             if "V" in self._headers and (several or voice.settings):
                 lines.append(f"V:{voice.number} {voice.settings}".strip())
-            for row, bar in zip(rows, bars, strict=False):
-                row.append(f"[V:{voice.number}]{bar}" if several else bar)
-        return "\n".join([*lines, *map("".join, rows), ""])
+            for place, bar in zip(voice.places, bars, strict=True):
+                rows[place].append(f"[V:{voice.number}]{bar}" if several else bar)
+        return "\n".join([*lines, *("".join(rows[place]) for place in sorted(rows)), ""])
 
 
 def _is_prose(line: str) -> bool:

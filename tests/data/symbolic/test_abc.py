@@ -116,6 +116,19 @@ def test_a_voice_that_is_shorter_ends():
     assert clean("K:C\nV:1\nA|B|\nV:2\nC|", headers=()) == "[V:1]A|[V:2]C|\n[V:1]B|\n"
 
 
+def test_after_a_rest_of_several_bars_a_voice_stands_where_it_plays():
+    body = "V:1\nZ2|A|B|\nV:2\nC|D|E|F|G|\nV:3\nc Z|X3|d|\nV:4\nZ9999999999999999|e|"
+    assert clean(f"K:C\n{body}", headers=()).splitlines() == [
+        "[V:1]Z2|[V:2]C|[V:3]c Z|[V:4]Z9999999999999999|",
+        "[V:2]D|[V:3]X3|",
+        "[V:1]A|[V:2]E|",
+        "[V:1]B|[V:2]F|",
+        "[V:2]G|[V:3]d|",
+        "[V:4]e|",
+    ]
+    assert music("Z2|A|Z9999999999999999|B|Z0|c") == ["Z2|", "A|", "Z9999999999999999|", "B|", "Z0|", "c"]
+
+
 def test_names_of_voices_are_left_only_with_the_instruments():
     text = 'K:C\nV:1 treble name="Flöte" snm="Fl." stem=up\nA|\nV:2 nm=Bass bass\nC|'
     assert clean(text).splitlines()[1:3] == ['V:1 treble nm="Flote" snm="Fl."', 'V:2 bass nm="Bass"']
@@ -193,9 +206,10 @@ def test_interleaving_is_that_of_the_lists_of_bars(voices, random):
 
 
 @settings(deadline=None)
-@given(st.text("ABcd|:[]1(){}<>^_=,'/23 zx\"!+.~TVKPM&\n-%\\°é") | st.text())
+@given(st.text("ABcd|:[]1(){}<>^_=,'/23 zxZX\"!+.~TVKPM&\n-%\\°é") | st.text())
 @example('V:1 nm="a" treble\nA|[V:2]B|[1C:|')
 @example("[1]A|")
+@example("V:1\nZ3|A|\nV:2\nB|Z2 X2|c|")
 def test_any_music_cleaned_stays_as_it_is_when_cleaned_again(body):
     try:
         once = clean(f"K:C\n{body}")
