@@ -12,8 +12,9 @@ demo: $(VENV)/installed ## Makes a small corpus, trains on it with two workers, 
 	$(VENV)/bin/python jobs/pretrain.py tiny --data.train 'demo-data/train-*.tar' --data.val 'demo-data/val-*.tar' \
 		--train.samples 12288 --train.warmup-samples 2048 --train.checkpoint-samples 4096 --name demo
 
+# Ray's workers have a niceness of 15, at which the tests of the other process would hardly let them run.
 test: $(VENV)/installed lint ## Everything that CI checks.
-	$(RUN) -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	RAY_worker_niceness=0 $(RUN) -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/installed ## What takes minutes each.
 	$(RUN) -m pytest -m slow --timeout 1800
