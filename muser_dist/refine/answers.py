@@ -23,11 +23,14 @@ _SCRIPT_SHARE = 0.5
 # Translations share names with the English text, not most of its words.
 _SAME_WORDS = 0.8
 
+# What stands in quotation marks at the beginning is a title: "Sorry" is an upbeat song.
+_BEFORE = r"""^[^\w"'“”„‘’‚«»‹›「『《〈]*"""
+
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\blanguage model (?:developed|trained) by\b"
-    r"|^\W*(?:i['’]?m|i am|we are) (?:very |so |really )?(?:sorry|unable|not able|afraid)\b"
-    r"|^\W*(?:sorry|apologies|unfortunately,? i)\b"
-    r"|^\W*i (?:cannot|can['’]?t|can not|won['’]?t|do not have|don['’]?t have)\b"
+    rf"|{_BEFORE}(?:i['’]?m|i am|we are) (?:very |so |really )?(?:sorry|unable|not able|afraid)\b"
+    rf"|{_BEFORE}(?:sorry|apologies|unfortunately,? i)\b"
+    rf"|{_BEFORE}i (?:cannot|can['’]?t|can not|won['’]?t|do not have|don['’]?t have)\b"
 )
 _UNFILLED = re.compile(r"^\W*(?:the )?description in\b|\blorem ipsum\b")
 

@@ -58,6 +58,7 @@ def test_a_fence_around_the_json_is_no_matter():
         (answer(other="Да " * 1000), "characters, not 8 to 2,000"),
         (answer(english="As an AI language model, I do not hear this music."), "the model refused"),
         (answer(english="I cannot describe this piece without hearing it."), "the model refused"),
+        (answer(english="- **Sorry**, I do not know this tune, and cannot describe it."), "the model refused"),
         (answer(english="the description in English"), "placeholder"),
         (answer(other=ENGLISH), "not in the script of Russian: 0% of its letters"),
         (answer(english=TEXTS["ru"]), "not in the script of English"),
@@ -76,10 +77,19 @@ def test_the_english_text_again_is_no_translation():
         read_descriptions(answer(language="fr", other=ENGLISH.upper() + "!"), "fr")
 
 
+def test_a_title_in_front_is_no_refusal_in_any_script():
+    text = "《Sorry》是一首轻快的流行歌曲。"
+    assert read_descriptions(answer(language="zh", other=text), "zh")["summary_nen"] == {"zh": text}
+
+
 def test_words_that_refusals_are_made_of_are_no_refusal():
     for text in (
         "A sorry tale of a sailor who cannot return, sung slowly to the fiddle.",
         'The song "I Cannot Stay" is a lively reel from the north of Ireland.',
+        '"Sorry" is an upbeat pop song in a major key, for voice and drums.',
+        "“I Can’t Help Falling in Love” is a slow waltz for voice and strings.",
+        "‘I Won’t Back Down’ is a steady rock song with an acoustic guitar.",
+        "«I'm Sorry» is a ballad for voice and strings, in a slow four.",
         "Composed as an aid to dancers, it keeps a steady beat throughout.",
     ):
         assert read_descriptions(answer(english=text), "ru")["summary_en"] == text
