@@ -38,7 +38,7 @@ class Refine:
     price_out: float
     """What a million tokens of the answers cost."""
     max_cost: float
-    """Most that may be spent, by all jobs in this folder together."""
+    """Most that may be spent, by all jobs in this folder together. With 0 nothing is asked, even where it is free."""
     key_variable: str = ""
     """Environment variable that holds the API key; none is sent when not given."""
     languages: tuple[str, ...] = ("zh", "es", "fr", "de", "ru", "ja", "ar", "hi", "pt", "ko")

@@ -124,9 +124,10 @@ class Ledger:
             most: units that it may cost.
 
         Returns:
-            its number; None where the cap leaves no room for it, and it must not be sent.
+            its number; None where the cap leaves no room for it, and it must not be sent. A cap of 0 leaves none for
+            what costs nothing either.
         """
-        if self._spending.cost + most > self.cap:
+        if self.cap == 0 or self._spending.cost + most > self.cap:
             return None
         with self._explained(), self._db:
             row = self._db.execute("INSERT INTO requests (digest, reserved) VALUES (?, ?)", (digest, most))

@@ -100,6 +100,13 @@ TestSpending = Spending.TestCase
 TestSpending.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
+@pytest.mark.parametrize("cap", [0, 1])
+def test_with_a_cap_of_0_nothing_is_asked_even_where_it_is_free(tmp_path, cap):
+    ledger = Ledger(tmp_path / "ledger.sqlite", cap)
+    assert (ledger.reserve("item", Prices.per_million(0, 0).cost(100, 100)) is None) == (cap == 0)
+    ledger.close()
+
+
 def test_what_is_written_down_can_be_read(tmp_path):
     path = tmp_path / "a folder?#" / "ledger.sqlite"
     path.parent.mkdir()
