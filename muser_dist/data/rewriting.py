@@ -58,12 +58,13 @@ def extension_of(sample: Sample, kind: str) -> str:
     return kind if kind in sample.members or not dotted else dotted[-1]
 
 
-def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]], source: BinaryIO) -> None:
+def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes | None]]], source: BinaryIO) -> None:
     """Writes a shard, whole or not at all.
 
     Args:
         path: of the new one.
-        copied: its samples, with the content by extension of members that are new, or in place of the source's.
+        copied: its samples, with the content by extension of members that are new, or in place of the source's; None
+            where all of the source's are left out.
         source: the shard that they are samples of.
 
     Raises:
@@ -74,8 +75,10 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes]]]
     with temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
             for sample, new in copied:
-                left = {extension_of(sample, kind): content for kind, content in new.items()}
+                left = {extension_of(sample, kind): content for kind, content in new.items() if content is not None}
                 for extension, member in sample.members.items():
+                    if new.get(extension.rpartition(".")[2], b"") is None:
+                        continue
                     content = left.pop(extension, None)
                     if content is None:
                         try:

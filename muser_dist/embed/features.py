@@ -1,9 +1,9 @@
 """Shards with features: the same shards with a tower's outputs for consecutive windows of each clip, as KEY.npy.
 
-Keys and other members stay. A row that cannot be heard has no features; one that no job can read (cut short, with an
-unsafe name or one that comes twice) is left out; the reasons are in the quarantine. In the folder lie, beside the
-shards, features.json (whose features they are), features/NAME.json (what became of a shard's rows), quarantine.jsonl,
-and the shards' index. Read = with features + entries of the quarantine.
+Keys and other members stay. A row that cannot be heard has no features, not even another network's; one that no job
+can read (cut short, with an unsafe name or one that comes twice) is left out; the reasons are in the quarantine. In the
+folder lie, beside the shards, features.json (whose features they are), features/NAME.json (what became of a shard's
+rows), quarantine.jsonl, and the shards' index. Read = with features + entries of the quarantine.
 """
 
 import hashlib
@@ -160,8 +160,7 @@ def write_features(
             for row in sorted(problems)
         ]
         record = Record(max(len(samples), indexed), len(features), len(usable), told, content)
-        copied = ((sample, {EXTENSION: features[i]} if (i := sample.index) in features else {}) for sample in usable)
-        write_shard(path, copied, file)
+        write_shard(path, ((sample, {EXTENSION: features.get(sample.index)}) for sample in usable), file)
     about.parent.mkdir(exist_ok=True)
     write_whole(about, json.dumps(asdict(record)))
     return record

@@ -47,7 +47,9 @@ def shards(tmp_path_factory) -> str:
     rows = [(f"piece{i:02d}", sample(i) | {"flac": encode(clip(i), 8_000), "txt": b"words"}) for i in range(10)]
     rows[3][1]["npy"] = b"of another network"
     write_shard(folder / "a-0.tar", rows[:6])
-    write_shard(folder / "a-1.tar", [*rows[6:], *((key, members) for key, members, _ in bad_samples())])
+    stale = {"silent": {"npy": b"of another network", "other.npy": b"of a third"}}
+    bad = [(key, members | stale.get(key, {})) for key, members, _ in bad_samples()]
+    write_shard(folder / "a-1.tar", [*rows[6:], *bad])
     return f"{folder}/a-*.tar"
 
 
@@ -90,6 +92,7 @@ def test_other_members_are_copied_and_rows_without_features_named(muser, shards,
             name: data for name, data in old.items() if not name.endswith(".npy") and ".." not in name
         }
     reasons = {problem["key"]: problem["reason"] for problem in second.problems}
+    assert {name for name in new if name.startswith("silent.")} == {"silent.flac", "silent.json"}
     # Those whose sound is as it should be, but not their texts, have features.
     for key, *_ in bad_samples():
         assert (key in reasons) == (f"{key}.npy" not in members(tmp_path / "a-1.tar"))
