@@ -75,7 +75,9 @@ def clamp2(size: ClampSize = "base") -> Stages:
     "tiny" is for two cores: towers from random weights, and cosines with a learned temperature, which small embeddings
     that start at random need.
 
-    What is not as released: rows whose texts state the same facts match, and learning rates fall to 0.
+    What is not as released: rows whose texts state the same facts match; learning rates fall to 0; lines of metadata
+    are joined by " | ", where the released code has the tokenizer's separator; of a text longer than its tokens the
+    head is read, where that takes head, tail or a window at random.
     """
     tiny = size == "tiny"
     before = m3(size)
