@@ -45,7 +45,7 @@ def write_index(folder, keys, vectors, part_rows=4, model="a" * 64):
     return parts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_hits_are_those_of_a_sort_of_everything_ties_by_key(tmp_path_factory, data):
     rows = data.draw(st.integers(1, 30))

@@ -92,7 +92,7 @@ def test_the_plan_is_delivered_on_any_number_of_workers_from_disk_and_s3(cluster
 
 
 @given(st.integers(0, 5 * STEPS), st.integers(1, 5), st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_run_may_be_cut_at_any_chunk_and_go_on_with_other_workers(shards_of_the_module, cut, before, after):
     """In one process: `delivered` has shown that Ray deals what the readers make."""
     pattern, expected = shards_of_the_module

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muser_dist.data.audio import decode, decode_whole, to_int16
@@ -107,7 +107,6 @@ def test_rows_that_cannot_be_used_say_the_same(tmp_path):
 CLIP = np.random.default_rng(0).integers(-30_000, 30_000, 150_000).astype(np.int16)  # three blocks
 
 
-@settings(deadline=None)
 @given(at=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), position=st.floats(0, 1))
 def test_a_damaged_entry_is_made_again(tmp_path_factory, at, flip, position):
     folder = tmp_path_factory.mktemp("cache", numbered=True)

@@ -40,7 +40,7 @@ def run_of(data: bytes, config: FeaturesConfig, position: float = 0.0) -> tuple[
     version=st.sampled_from([(1, 0), (2, 0)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_run_is_a_part_of_what_numpy_reads(windows, size, most, dtype, position, version, seed):
     values = np.random.default_rng(seed).standard_normal((windows, size)).astype(dtype)
     buffer = os.fdopen(os.memfd_create("npy"), "w+b")
@@ -56,7 +56,7 @@ def test_a_run_is_a_part_of_what_numpy_reads(windows, size, most, dtype, positio
 
 
 @given(windows=st.integers(1, 40), most=st.integers(1, 12), kind=st.sampled_from(["array", "bytes", "path"]))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_song_is_read_whole_and_the_last_run_ends_with_it(tmp_path, windows, most, kind):
     values = song(3, windows, np.float32)
     (tmp_path / "song.npy").write_bytes(npy(values))
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_says_why(name, tmp_path):
 
 
 @given(data=st.binary(max_size=300), version=st.sampled_from([1, 2]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_features_or_an_error(data, version):
     for content in (data, b"\x93NUMPY" + bytes([version, 0]) + data):
         try:

@@ -37,7 +37,7 @@ VALUES = st.sampled_from(
 
 
 @given(st.lists(VALUES, min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_arrays_say_what_the_fields_say(values):
     data = DataConfig(classes=("genre",), tags=("tags",), label_values={"genre": GENRES, "tags": GENRES})
     labels = Labels(data)

@@ -97,7 +97,7 @@ def test_files_that_are_no_pairs_say_so(tmp_path):
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=5).filter(lambda rows: sum(rows) >= 2), st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_each_song_with_a_partner_comes_once_a_pass_beside_one(tmp_path_factory, rows, data):
     total = sum(rows)
     some = st.tuples(st.integers(0, total - 1), st.integers(0, total - 1), st.sampled_from([0.5, 1.0, 4.0]))

@@ -131,7 +131,7 @@ def test_largest_remainders(weights, total):
     st.integers(1, 4),
     st.integers(0, 50),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_share_of_the_rows_comes_once_in_each_pass_and_is_always_the_same(rows, share, window, seed):
     epochs = Epochs(np.array(rows), seed, 0, window, shuffle=True, share=share)
     assert share * epochs.total <= epochs.length < share * epochs.total + 1

@@ -40,7 +40,7 @@ def assert_equal(windows, expected):
         assert length == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     frames=st.integers(1, 30_000),
     hop=st.floats(0.05, 1.5),
@@ -149,7 +149,7 @@ def decoder(tmp_path_factory):
 @given(
     frames=st.integers(1, 3000), block=st.integers(1, 700), rate=st.sampled_from([1000, 2000]), seed=st.integers(0, 9)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_consecutive_windows_are_the_clip_but_for_a_short_rest(frames, block, rate, seed):
     config = DataConfig(sample_rate=1000, crop_seconds=0.25)
     rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from muser_dist.errors import DataError
 from muser_dist.evaluate.classification import multi_label, single_label
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_areas_equal_scikit_learn(rows, tags, levels, seed):
     """Few levels make ties; few rows make tags that all have, or none."""

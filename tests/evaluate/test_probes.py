@@ -82,7 +82,7 @@ def test_a_class_that_training_lacks_is_never_named(kind):
     assert np.isfinite(scores).all() and (scores.argmax(axis=1) != 1).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 40), st.integers(0, 99))
 def test_drawn_rows_hold_every_class_in_its_share(labels, rows, seed):
     labels = np.array(labels)
@@ -101,7 +101,7 @@ def test_drawn_rows_hold_every_class_in_its_share(labels, rows, seed):
     np.testing.assert_array_less(np.abs(drawn - 1 - share * (counts - 1)), 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 999))
 def test_drawn_rows_hold_every_tag(n, tags, seed):
     rng = np.random.default_rng(seed)

@@ -53,7 +53,7 @@ def of_order(right: list[bool], ks: tuple[int, ...]) -> list[float]:
 
 
 @given(rankings(6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_figures_are_the_mean_over_all_orders_of_ties(case):
     scores, right = case
     orders = [
@@ -65,7 +65,7 @@ def test_figures_are_the_mean_over_all_orders_of_ties(case):
 
 
 @given(rankings(40), st.integers(1, 45))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_figures_equal_those_of_scikit_learn(case, k):
     scores, right = case
     found = dict(zip(metric_names([k]), user_metrics(scores, right, [k]), strict=True))

@@ -43,7 +43,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     return *arrays, *(draw(hnp.arrays(np.int64, n, elements=ids)) for n in (q, c))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.integers(1, 30))
 def test_ranks_and_scores_equal_the_definition(case, block_scores):
     queries, candidates, query_ids, candidate_ids = case
@@ -72,7 +72,7 @@ def test_ranks_and_scores_equal_the_definition(case, block_scores):
 
 
 @given(st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 10))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_chance_equals_the_enumeration_of_all_orders(n, relevant, k):
     """The places of r relevant candidates in a random order are any r of n, all equally likely."""
     relevant = [min(r, n) for r in relevant]

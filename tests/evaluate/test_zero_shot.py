@@ -20,7 +20,7 @@ from muser_dist.evaluate.classification import wilson
 from muser_dist.evaluate.zero_shot import embed_prompts, robustness, zero_shot
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 6), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_scores_equal_scikit_learn(n_classes, n, seed, signal):
     rng = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_scores_equal_scikit_learn(n_classes, n, seed, signal):
 small = st.integers(-1, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hnp.arrays(np.int64, (5, 2), elements=small), hnp.arrays(np.int64, (3, 2), elements=small), st.data())
 def test_ties_never_favour_the_true_class(clips, texts, data):
     truth = data.draw(st.lists(st.integers(0, 2), min_size=5, max_size=5))
@@ -108,7 +108,7 @@ def test_errors_name_the_trouble():
         zero_shot(eye, eye, ["a", "b"], [0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_tags_are_ranked_by_cosine(n, tags, seed):
     rng = np.random.default_rng(seed)

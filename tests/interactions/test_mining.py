@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mining")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     log=st.one_of(
         st.tuples(st.just(TIMED), logs(CLOCK, ODD_CLOCK)),

@@ -190,7 +190,7 @@ def test_parquet_of_any_type(tmp_path):
         read(path, LogLayout("u", ("i",), time="t"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text("ab\r é", min_size=0, max_size=12), max_size=30),
     piece_bytes=st.integers(1, 40),

@@ -33,7 +33,7 @@ def as_set(table):
 
 
 @pytest.mark.parametrize("rule", ["explicit", "cooccurrence"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), later=st.sampled_from([0, 1]))
 def test_pairs_are_the_same_as_if_what_is_held_out_had_never_been_logged(rule, seed, later):
     table, config = interactions(seed), MiningConfig(rule, window=100, partners=3, max_events=15)

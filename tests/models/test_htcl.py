@@ -45,7 +45,7 @@ def test_the_published_size():
     assert published.width == 768
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(samples=st.integers(WINDOW // 2 + 16 * HOP, RATE - 1), padding=st.integers(1, 3000), seed=st.integers(0, 99))
 def test_a_padded_clip_has_the_embedding_of_the_unpadded_one(samples, padding, seed):
     encoder, clip = tower(), sound(1, samples, seed)

@@ -87,7 +87,7 @@ def test_padding_is_not_seen_and_rows_are_apart():
     assert (encoder(swapped)[0] - whole[0]).abs().max() > 1e-3  # order matters
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     share=st.sampled_from([0.01, 0.45, 0.5, 1.0]),

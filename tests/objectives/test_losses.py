@@ -38,7 +38,7 @@ def both(case: Case, dtype: torch.dtype = torch.float64):
 
 
 @given(st.sampled_from(IN_DOUBLE), st.integers(0, 10_000), st.integers(1, 9), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_equals_its_definition_in_value_and_gradient(name, seed, rows, repeats):
     case = Case(name, rows, seed, repeats)
     (value, got), (expected, want) = both(case)

@@ -252,7 +252,7 @@ def test_the_cap_ends_asking_and_more_money_goes_on(tmp_path):
 KINDS = ("good", "good", "good", "busy", "broken", "gateway", "no_json", "cut", "nonsense", "refused_input")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32),
     deaths=st.lists(st.integers(0, 12), max_size=3),

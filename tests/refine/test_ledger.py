@@ -97,7 +97,7 @@ class Spending(RuleBasedStateMachine):
 
 
 TestSpending = Spending.TestCase
-TestSpending.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestSpending.settings = settings(max_examples=30, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("cap", [0, 1])

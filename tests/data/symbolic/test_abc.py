@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from muser_dist.data.symbolic.abc import clean_abc
@@ -170,7 +170,6 @@ PLACES = [
 ]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), WORD), max_size=8), st.integers(0, 8), WORD)
 def test_no_word_gets_through(places, key, word):
     lines = [place.replace("{}", word) for place, word in places]
@@ -184,7 +183,6 @@ CONTENTS = st.sampled_from(["A2 B", "[CE]2 z", "^f/g/ (3abc", '"Am"A', "!f!a'", 
 BARS = st.lists(st.tuples(CONTENTS, st.sampled_from(["|", "||", ":|", "|]"])), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(st.lists(BARS, min_size=2, max_size=4), st.randoms(use_true_random=False))
 def test_interleaving_is_that_of_the_lists_of_bars(voices, random):
     """However the lines are cut and the voices take turns."""
@@ -205,7 +203,6 @@ def test_interleaving_is_that_of_the_lists_of_bars(voices, random):
     assert clean("K:C\n" + "\n".join(lines)).splitlines() == expected
 
 
-@settings(deadline=None)
 @given(st.text("ABcd|:[]1(){}<>^_=,'/23 zxZX\"!+.~TVKPM&\n-%\\°é") | st.text())
 @example('V:1 nm="a" treble\nA|[V:2]B|[1C:|')
 @example("[1]A|")

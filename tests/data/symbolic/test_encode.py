@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -103,7 +103,6 @@ def test_abc_that_means_harm_takes_no_time(tail):
     assert 0 < encode_symbolic({"abc": data}, CONFIG)[1] <= CONFIG.max_patches
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["abc", "mid", "xml", "mxl"]), st.binary(max_size=300), st.integers(0, 99) | st.none())
 def test_any_bytes_give_patches_or_the_error(extension, data, seed):
     try:
@@ -112,7 +111,6 @@ def test_any_bytes_give_patches_or_the_error(extension, data, seed):
         return
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["abc", "mid"]), st.randoms(use_true_random=False), st.integers(0, 99))
 def test_any_damage_gives_patches_or_the_error(extension, random, seed):
     data = bytearray(BOTH[extension])

@@ -3,7 +3,7 @@ import random
 
 import mido
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muser_dist.data.symbolic.midi import clean_mtf, hide_programs, midi_to_mtf, mtf_to_midi
@@ -23,7 +23,6 @@ def merged(data: bytes) -> list[tuple[int, dict]]:
     return found
 
 
-@settings(deadline=None)
 @given(midi_files())
 def test_midi_comes_back_with_every_message_at_its_tick(data):
     text = midi_to_mtf(data, MOST)
@@ -33,7 +32,6 @@ def test_midi_comes_back_with_every_message_at_its_tick(data):
     assert midi_to_mtf(back, MOST) == text
 
 
-@settings(deadline=None)
 @given(midi_files())
 def test_the_text_is_that_of_mido(data):
     """The reference: mido's own messages, with their values as its dictionaries have them."""
@@ -135,7 +133,6 @@ def test_what_means_harm_takes_neither_time_nor_memory(name):
         midi_to_mtf(data, MOST)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(raw))
 def test_any_bytes_give_text_or_the_error(data):
     try:
@@ -145,7 +142,6 @@ def test_any_bytes_give_text_or_the_error(data):
     assert merged(mtf_to_midi(text))
 
 
-@settings(deadline=None)
 @given(midi_files(), st.randoms(use_true_random=False))
 def test_any_damage_gives_text_or_the_error(data, random):
     damaged = bytearray(data)
@@ -176,7 +172,6 @@ def test_text_that_is_no_midi_says_which_line(text, reason):
         mtf_to_midi(text)
 
 
-@settings(deadline=None)
 @given(st.text("note_fcrmpgahl 0123456789-.\n") | st.text())
 def test_any_text_gives_midi_or_the_error(text):
     try:
@@ -185,7 +180,6 @@ def test_any_text_gives_midi_or_the_error(text):
         return
 
 
-@settings(deadline=None)
 @given(st.lists(NOTE, min_size=1, max_size=6), st.integers(2, 4))
 def test_tracks_are_merged_in_their_order_at_each_tick(notes, count):
     tracks = [[note.copy(channel=i) for note in notes] for i in range(count)]
@@ -212,7 +206,6 @@ def as_published(data: bytes) -> bytes:
     return "\n".join(lines).encode()
 
 
-@settings(deadline=None)
 @given(midi_files())
 def test_midi_text_of_others_is_cleaned_to_ours(data):
     assert clean_mtf(as_published(data), MOST) == midi_to_mtf(data, MOST)

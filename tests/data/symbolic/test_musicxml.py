@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import lytk
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muser_dist.data.symbolic.abc import clean_abc
@@ -140,7 +140,6 @@ STEPS = st.sampled_from(
 MEASURE = st.lists(STEPS | st.just(""), min_size=4, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(MEASURE, min_size=2, max_size=2), min_size=1, max_size=3))
 def test_the_abc_sounds_as_the_score(parts):
     """Read back by another reader, that of ABC: the same pitches at the same times."""
@@ -221,7 +220,6 @@ def test_what_is_broken_or_means_harm_is_refused(name):
         tracemalloc.stop()
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(data):
     with pytest.raises(DataError):

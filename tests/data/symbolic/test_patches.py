@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muser_dist.data.symbolic.abc import clean_abc
@@ -37,7 +37,6 @@ def test_what_is_longer_than_a_patch_goes_on_in_the_next():
     assert [(row > MASK).sum() for row in patches[:length]] == [0, PATCH_CHARACTERS, 1, 0]
 
 
-@settings(deadline=None)
 @given(LINES)
 def test_patches_rebuild_the_text(lines):
     text = "".join(f"{line}\n" for line in lines)
@@ -46,7 +45,6 @@ def test_patches_rebuild_the_text(lines):
     assert to_text(patches[:length]) == to_text(patches) == text
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["A2 B", "[CE]2", "^f/g/" * 30, '"Am"A|b', "!f!a'||:"]), min_size=1), st.integers(1, 3))
 def test_patches_of_abc_are_its_bars_and_rebuild_it(bars, voices):
     body = "".join(f"V:{voice}\n{'|'.join(bars)}|\n" for voice in range(1, voices + 1))
@@ -56,7 +54,6 @@ def test_patches_of_abc_are_its_bars_and_rebuild_it(bars, voices):
     assert to_text(to_patches(pieces, 4096, None)[0]) == text
 
 
-@settings(deadline=None)
 @given(midi_files())
 def test_patches_of_midi_rebuild_it(data):
     text = midi_to_mtf(data, 1000)
@@ -91,7 +88,6 @@ def test_a_patch_is_filled_to_its_last_character(last, shared):
 PIECES = [f"{i}|" for i in range(20)]
 
 
-@settings(deadline=None)
 @given(st.integers(4, 30), st.integers(0, 2**32))
 def test_a_window_is_a_part_of_the_whole_and_its_seed_decides_which(most, seed):
     whole, total = to_patches(PIECES, 22, None)
@@ -116,14 +112,12 @@ def test_windows_are_heads_tails_and_what_lies_between():
     assert np.array_equal(to_patches(PIECES, 10, None)[0], to_patches(PIECES, 22, None)[0][:10])
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_becomes_one_line_of_ascii(text):
     assert to_ascii(text).isascii()
     assert to_ascii(text).isprintable()
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=64, max_size=640))
 def test_any_patches_have_a_text(data):
     patches = np.frombuffer(data[: len(data) // 64 * 64], np.uint8).reshape(-1, 64)
