@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     seeds = range(options.seeds)
     runs = [
-        (variant, seed)
-        for variant in (M3, UNTRAINED, *VARIANTS)
-        for seed in seeds
-        if seed == 0 or variant in SEEDED
+        (variant, seed) for variant in (M3, UNTRAINED, *VARIANTS) for seed in seeds if seed == 0 or variant in SEEDED
     ]
     after = {(variant, seed): (FROM[variant], seed) for variant, seed in runs if variant in FROM}
     start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
