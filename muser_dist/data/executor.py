@@ -105,11 +105,13 @@ def set_context(slots: int, blocks: int = 2) -> None:
 
     Args:
         slots: tasks that run at a time.
-        blocks: that a task may have made before one of them is fetched; Ray counts as many for each task that runs.
+        blocks: that a task makes without waiting for one of them to be fetched; a task of no more never holds a CPU
+            only to wait.
     """
     context = ray.data.DataContext.get_current()
     context.set_config(_SLOTS, slots)
-    context._max_num_blocks_in_streaming_gen_buffer = blocks
+    # One more: with as many as it may have, a task waits until one is fetched, even when there is nothing left to make.
+    context._max_num_blocks_in_streaming_gen_buffer = blocks + 1
     context.target_max_block_size = 1  # each chunk, one row, is a block of its own
     context.op_resource_reservation_ratio = 0.1  # of memory for each operator; decoding needs it all
     context.enable_progress_bars = False

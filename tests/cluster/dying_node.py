@@ -1,4 +1,7 @@
-"""Reads an epoch on a cluster of three raylets, one of which is killed in the middle; writes what came."""
+"""Reads an epoch on a cluster of three raylets, one of which is killed in the middle; writes what came.
+
+When it dies the buffer is full, as it is where training is slower than decoding.
+"""
 
 import json
 import sys
@@ -18,12 +21,23 @@ ROWS, CHUNK = 1024, 8
 
 
 class Telling(ChunkReader):
-    """A reader whose chunks tell, in place of their source, which node decoded them."""
+    """A reader whose chunks tell, in place of their source, which node decoded them; a file grows with each."""
+
+    decoded: Path
 
     def read(self, slots: Iterable[int]) -> Iterator[Chunk]:
         for chunk in super().read(slots):
-            time.sleep(0.02)  # as slow as real music: the node must die with work to do
+            with self.decoded.open("a") as file:
+                file.write("chunk\n")
             yield chunk | {"source": [ray.get_runtime_context().get_node_id()] * CHUNK}
+
+
+def wait_until_full(decoded: Path) -> None:
+    """Until nobody has decoded anything for a while."""
+    before = -1
+    while before != (now := decoded.stat().st_size):
+        before = now
+        time.sleep(3)
 
 
 def main(pattern: str, result: str) -> None:
@@ -36,12 +50,13 @@ def main(pattern: str, result: str) -> None:
     )
     victim, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    pipeline.ROWS_PER_TASK = 32  # many tasks, so that both nodes have some
+    pipeline.ROWS_PER_TASK = 64  # many tasks, so that both nodes have some
     # Crops of 2 s: blocks that lie in the store of the node that made them.
     config = small_config(data={"crop_seconds": 2.0}, train={"global_batch": 64, "chunk": CHUNK, "samples": ROWS})
     reader = reader_of(config, pattern)
     planned = pipeline.plan_digest(reader, config.train.steps)
     reader.__class__ = Telling
+    reader.decoded = Path(f"{result}.decoded")
     dataset = pipeline.ray_dataset(reader, 0, config.train.steps, slots=2)
     dataset.context.execution_options = execution_options(16, reader.chunk_bytes, 2, 1)
     (shard,) = dataset.streaming_split(1, equal=True)
@@ -53,6 +68,7 @@ def main(pattern: str, result: str) -> None:
         decoded_by.append(chunk["source"][0])
         if died_after is None and victim.node_id in decoded_by:
             died_after = len(decoded_by)
+            wait_until_full(reader.decoded)
             cluster.remove_node(victim, allow_graceful=False)
             # Nothing comes in its place: what it had in hand must be done by the other, which has work of its own.
     ray.shutdown()
