@@ -1,5 +1,6 @@
 """Starts W processes of this machine that form a gloo group, as a run's workers would."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,11 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from one that has imported what takes seconds and has started no thread.
+multiprocessing.set_forkserver_preload(["deepspeed", "muser_dist.train.checkpoint", "muser_dist.train.engine"])
+
 
 def run_workers(function: Callable[..., None], world: int, *arguments: Any) -> None:
     """Calls function(rank, *arguments) in each of `world` new processes; raises what any of them raised."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, args=(world, str(Path(folder) / "store"), function, arguments), nprocs=world, join=True)
+        store = str(Path(folder) / "store")
+        mp.start_processes(_start, (world, store, function, arguments), nprocs=world, start_method="forkserver")
 
 
 def _start(rank: int, world: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
