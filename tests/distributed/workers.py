@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Processes are forked from one that has imported what takes seconds and has started no thread.
-multiprocessing.set_forkserver_preload(["deepspeed", "muser_dist.train.checkpoint", "muser_dist.train.engine"])
+multiprocessing.set_forkserver_preload(
+    ["deepspeed", "functorch.compile", "muser_dist.train.checkpoint", "muser_dist.train.engine"]
+)
 
 
 def run_workers(function: Callable[..., None], world: int, *arguments: Any) -> None:
