@@ -58,6 +58,7 @@ def job(arguments: list[str]) -> None:
         # Keys and values are other people's: they must not steer the terminal.
         print("".join(c if c.isprintable() else "�" for c in line))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2))
         print(f"written to {options.json}")
 

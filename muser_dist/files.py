@@ -1,5 +1,6 @@
 """Files that are either whole or not there, for a run may die while it writes; and folders of one job at a time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def files_in(root: str | Path) -> Iterator[str]:
+    """Paths of the files in a folder and in the folders in it, in any order.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    for folder, _, names in os.walk(root, onerror=refuse):
+        yield from filter(os.path.isfile, (os.path.join(folder, name) for name in names))
 
 
 @contextmanager

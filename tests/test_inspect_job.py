@@ -27,7 +27,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_it_reports_what_was_planted(tmp_path):
     plant(tmp_path)
-    numbers = tmp_path / "numbers.json"
+    numbers = tmp_path / "new" / "numbers.json"
     done = run(
         f"{tmp_path}/train-*.tar",
         *("--against", f"{tmp_path}/val-*.tar", "--batch", "4", "--json", str(numbers)),

@@ -1,6 +1,7 @@
 """The folder of each node that caches lie in: of remote shards, and of decoded clips."""
 
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ from muser_dist.data.config import DataConfig
 
 LOCKS = 256
 """Lock files of a cache: of entries whose names fall on the same one, one is made at a time."""
+
+# Names that caches give: a SHA-256, and of a clip's part its writer. A user's own files in the folder stay.
+_ENTRY = re.compile(r"[0-9a-f]{64}(-\d+)?\.(tar|clip|part)")
 
 # Seconds without a new byte after which no process is writing a part any more.
 _ABANDONED = 3600.0
@@ -24,13 +28,15 @@ def make_room(folder: Path, most_bytes: int, size: int = 0, keep: Path | None = 
     """Removes the files that were not used for longest, until `size` bytes more fit.
 
     Args:
-        folder: whose files with a suffix count, but for parts that are still being written.
+        folder: whose entries count, but for parts that are still being written; other files are left alone.
         most_bytes: that all of them may take.
         size: of what is to come.
         keep: one that stays.
     """
     files = []
-    for file in folder.glob("*.*"):
+    for file in folder.iterdir():
+        if not _ENTRY.fullmatch(file.name):
+            continue
         try:
             stat = file.stat()
             files.append((stat.st_mtime, stat.st_size, file))

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from muser_dist.data.config import LABEL, DataConfig
-from muser_dist.data.rows import Row
+from muser_dist.data.rows import Row, samples_of
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
-from muser_dist.data.tar import walk
 from muser_dist.data.text import normal_form, one_line, read_fields
-from muser_dist.errors import DataError
+from muser_dist.errors import DataError, require
 
 MOST_VALUES = 10_000
 """A field with more different values tells rows apart, not classes."""
@@ -28,6 +27,9 @@ class Labels:
     Args:
         data: its `classes` and `tags` with all their `label_values`. Letter case, Unicode form and spacing of a value
             do not matter.
+
+    Raises:
+        ConfigError: two values of a field are the same then.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -36,6 +38,10 @@ class Labels:
             name: {normal_form(value): i for i, value in enumerate(data.label_values.get(name, ()))}
             for name in self._kinds
         }
+        for name, places in self._places.items():
+            values = data.label_values.get(name, ())
+            twice = [value for i, value in enumerate(values) if places[normal_form(value)] != i]
+            require(not twice, f"data.label_values: {name} has {', '.join(twice)} in another spelling too; keep one")
 
     def empty(self, rows: int) -> dict[str, np.ndarray]:
         """Arrays for the labels of so many rows, which have none yet, by "label/<field>".
@@ -93,7 +99,7 @@ def find_label_values(
         by field, sorted; each value in its most frequent spelling.
 
     Raises:
-        DataError: a field has too few values to tell apart, or too many.
+        DataError: a field has too few values to tell apart, or too many, or a shard cannot be had.
     """
     kinds = data.label_kinds()
     wanted = {name: kind for name, kind in kinds.items() if name not in data.label_values}
@@ -131,19 +137,18 @@ def find_label_values(
 def _count(
     storage: Storage, url: str, rows: int, kinds: Mapping[str, str]
 ) -> tuple[dict[str, Counter[str]], Counter[str]]:
-    """How often each value of each field occurs in a shard, and each field; what cannot be read is left out."""
+    """How often each value of each field occurs in a shard, and each field; what is damaged is left out."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in kinds}
     names: Counter[str] = Counter()
-    with suppress(DataError, OSError), storage.open(url) as file:  # training will say what is wrong with it
-        for sample in islice(walk(file), rows):
-            row = Row.of(url, sample, file)
-            if row.problem is not None:
-                continue
-            with suppress(DataError):
-                values = read_fields(row.read("json"), row.read("txt"))
-                names.update(values.keys())
-                for name, kind in kinds.items():
-                    counts[name].update(_values(values.get(name), kind))
+    for sample, file in islice(samples_of(storage, url), rows):
+        row = Row.of(url, sample, file)
+        if row.problem is not None:
+            continue
+        with suppress(DataError):
+            values = read_fields(row.read("json"), row.read("txt"))
+            names.update(values.keys())
+            for name, kind in kinds.items():
+                counts[name].update(_values(values.get(name), kind))
     return counts, names
 
 

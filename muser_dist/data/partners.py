@@ -6,7 +6,6 @@ up in the shards once, and kept in the run's folder as arrays that all tasks map
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
+from muser_dist.data.rows import samples_of
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
-from muser_dist.data.tar import walk
 from muser_dist.errors import DataError
 
 COLUMNS = ("trigger", "item", "weight")
@@ -172,9 +171,7 @@ def _row_of_keys(index: ShardIndex, storage: Storage, progress: Callable[[int, i
     """The number of the row that has each key, and how many keys come again."""
 
     def keys_of(shard: int) -> list[str]:
-        keys: list[str] = []
-        with suppress(DataError, OSError), storage.open(index.url(shard)) as file:  # training says what is wrong
-            keys += (sample.key for sample in walk(file))
+        keys = [sample.key for sample, _ in samples_of(storage, index.url(shard))]
         rows = int(index.rows[shard])
         return (keys + [""] * rows)[:rows]
 

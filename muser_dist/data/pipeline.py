@@ -108,12 +108,18 @@ def evaluation_chunks(config: RunConfig, index: ShardIndex, storage: Storage, fi
 
 
 def known_ids(index: ShardIndex, storage: Storage, rows: int) -> np.ndarray:
-    """Ids (file_id, title_id) of the first rows of some shards, sorted, by which training finds them again."""
+    """Ids (file_id, title_id) of the first rows of some shards, sorted, by which training finds them again.
+
+    Raises:
+        DataError: a shard cannot be had.
+    """
     reader = RowReader(index, storage)
     ids: set[int] = set()
     for shard, count in enumerate(index.rows.tolist()):
         for number in range(min(count, rows)):
             row = reader.row(shard, number)
+            if row.unread:
+                raise DataError(f"{row.shard}: {row.problem}; start again when it can be, or take the shard out")
             with contextlib.suppress(DataError, OSError):  # evaluation says what is wrong with it
                 ids.add(file_id(row.sound()))
             with contextlib.suppress(DataError, OSError):

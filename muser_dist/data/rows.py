@@ -3,6 +3,8 @@
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -14,8 +16,9 @@ from muser_dist.data.storage import Storage, local_path, redact
 from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, Member, Sample, Stored, walk
 from muser_dist.errors import DataError
+from muser_dist.files import files_in
 
-# Seconds after which a shard that could not be opened is tried again: the network may be back.
+# Seconds after which a shard that storage did not give is tried again: the network may be back.
 _FAILED_SECONDS = 60.0
 
 
@@ -115,7 +118,7 @@ class RowReader:
     def row(self, shard: int, number: int) -> Row:
         """A row of a shard, both by number; what is wrong with it is its `problem`."""
         url = self.index.url(shard)
-        name = redact(url)
+        name = os.fsencode(redact(url)).decode(errors="replace")  # Arrow and JSON write no other
         opened = self._open(url)
         if number >= len(opened.samples):
             return Row(name, problem=opened.end, unread=opened.unread)
@@ -130,7 +133,7 @@ class RowReader:
             except OSError:
                 key = (url, "missing")
         shard = _opened.get(key)
-        if shard is None or (shard.file is None and time.monotonic() - shard.since > _FAILED_SECONDS):
+        if shard is None or (shard.unread and time.monotonic() - shard.since > _FAILED_SECONDS):
             shard = _opened[key] = _walk(self.storage, url)
         _opened.move_to_end(key)
         while len(_opened) > self.kept:
@@ -157,7 +160,7 @@ class FileReader:
     def row(self, shard: int, number: int) -> Row:
         """A file as a row; what is wrong with it is its `problem`."""
         path = self.index.url(shard)
-        name = os.fsencode(path).decode(errors="replace")  # Arrow and JSON write no other
+        name = os.fsencode(path).decode(errors="replace")  # as of RowReader
         key = os.path.relpath(name, os.fsencode(self.root).decode(errors="replace"))
         extension = path.rpartition(".")[2].lower()
         try:
@@ -179,20 +182,32 @@ def index_files(root: str, notation: bool = False) -> ShardIndex:
     """The files of audio, or of notation, in a folder and in the folders in it, by their extensions, sorted.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or a folder cannot be listed.
     """
     of_notation = tuple(name for names in members.EXTENSIONS.values() for name in names)
     extensions = of_notation if notation else EXTENSIONS
-    found = sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.rpartition(".")[2].lower() in extensions and os.path.isfile(os.path.join(folder, name))
-    )
+    found = sorted(path for path in files_in(root) if path.rpartition(".")[2].lower() in extensions)
     if not found:
         kind = "file of notation" if notation else "audio file"
         raise DataError(f"{root}: there is no {kind} ({', '.join(extensions)})")
     return ShardIndex(found, np.ones(len(found), np.int64), {})
+
+
+def samples_of(storage: Storage, url: str) -> Iterator[tuple[Sample, BinaryIO]]:
+    """The samples of a shard up to where it is damaged, each with the open file.
+
+    Raises:
+        DataError: storage does not give the shard: what is found out at a run's start must not depend on an outage.
+    """
+    mend = "start again when it can be, or take the shard out"
+    try:
+        with storage.open(url) as file, suppress(DataError):  # who reads the rows says what is wrong with them
+            for sample in walk(file):
+                yield sample, file
+    except DataError as error:
+        raise DataError(f"{redact(url)} {error}; {mend}") from None
+    except OSError as error:
+        raise DataError(f"{redact(url)} cannot be read: {error.strerror or error}; {mend}") from None
 
 
 _opened: OrderedDict[object, _Shard] = OrderedDict()

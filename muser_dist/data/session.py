@@ -40,14 +40,17 @@ def join(address: str, **options: Any) -> None:
 
     Raises:
         ConnectionError: the address is "auto", and this machine knows of no cluster; or Ray cannot join it.
-        ClusterError: nobody answers where it should be.
+        ClusterError: nobody answers where it should be, or the address is none.
     """
-    where = None if "://" in address else canonicalize_bootstrap_address(address)
+    try:
+        where = None if "://" in address else canonicalize_bootstrap_address(address)
+    except ValueError:
+        raise ClusterError(f"RAY_ADDRESS is {address!r}; give HOST:PORT, auto or local") from None
     if where is not None:
         host, _, port = where.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:
             named = "the last one that this machine was part of" if address == "auto" else "RAY_ADDRESS"
             raise ClusterError(
                 f"no Ray cluster answers at {where} ({named}): {error}; start it, or set RAY_ADDRESS=local to do "

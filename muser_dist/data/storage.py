@@ -43,8 +43,11 @@ _HOPELESS = ("NoCredentialsError", "ProfileNotFound", "PartialCredentialsError")
 
 
 def _version(info: dict[str, Any]) -> list[str]:
-    names = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "created", "size")
-    return [str(info.get(name)) for name in names]
+    # Where there is an ETag, it says it all: some servers tell times in milliseconds when they list a folder, and in
+    # seconds when they are asked for a file.
+    tag = info.get("ETag") or info.get("etag")
+    names = ("size",) if tag else ("LastModified", "Last-Modified", "mtime", "created", "size")
+    return [str(tag), *(str(info.get(name)) for name in names)]
 
 
 def redact(text: str) -> str:
@@ -230,7 +233,7 @@ class Storage:
         """The local copy of a remote shard."""
         try:
             fs, path = self.filesystem(url, url)
-            info = self._patiently(partial(self._call, fs, "info", path))
+            info = self._fetched(partial(self._call, fs, "info", path))
             size = info.get("size")
             if size is None:
                 raise DataError("cannot be fetched: the server does not tell its size")
@@ -246,8 +249,6 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(copy)  # used now: the last to make room
             return copy
-        except _PERMANENT as error:
-            raise DataError(f"cannot be fetched: {redact(str(error)) or type(error).__name__}") from None
         except OSError as error:
             raise DataError(f"cannot be copied to {self.cache}: {redact(str(error))}") from None
 
@@ -257,13 +258,20 @@ class Storage:
         with part.open("ab") as file:
             while (start := file.tell()) < size:
                 stop = min(start + BLOCK_BYTES, size)
-                block = self._patiently(partial(self._call, fs, "cat_file", path, start=start, end=stop))
+                block = self._fetched(partial(self._call, fs, "cat_file", path, start=start, end=stop))
                 if len(block) == size > stop - start:  # a web server that does not know of ranges
                     block = block[start:]
                 if not block:
                     raise DataError(f"cannot be fetched: the storage gives no byte after {start:,} of {size:,}")
                 file.write(block)
         part.replace(copy)
+
+    def _fetched(self, call: Callable[[], Any]) -> Any:
+        """As `_patiently`; what waiting does not mend is a DataError too, apart from troubles of the local disk."""
+        try:
+            return self._patiently(call)
+        except _PERMANENT as error:
+            raise DataError(f"cannot be fetched: {redact(str(error)) or type(error).__name__}") from None
 
     def filesystem(self, url: str, setting: str) -> tuple[Any, str]:
         """fsspec's file system of a URL, and the path in it.

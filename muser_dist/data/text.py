@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -118,8 +119,8 @@ def read_fields(metadata: bytes | None, text: bytes | None) -> dict[str, Any]:
 def _plain(value: Any) -> Value:
     if isinstance(value, list):
         return [plain for entry in value if isinstance(plain := _plain(entry), str) and plain]
-    if value is None or isinstance(value, dict):
-        return ""
+    if value is None or isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
+        return ""  # Python's json writes a table's empty cells as NaN
     # JSON may hold half a surrogate pair, which no file and no tokenizer takes.
     plain = str(value).encode(errors="replace").decode()
     return plain if plain.strip() else ""
@@ -250,12 +251,12 @@ def text_id(facts: Mapping[str, Value]) -> int:
     """A stable id in [0, 2^63) of the facts that a sentence states.
 
     Two templates over the same facts give the same id; letter case, Unicode form, spacing and the
-    order of a list do not matter.
+    order of a list do not matter, and one value is the same alone and in a list.
     """
-    normal = sorted(
-        (name, sorted(map(normal_form, value)) if isinstance(value, list) else normal_form(value))
-        for name, value in facts.items()
-    )
+    normal = []
+    for name, value in sorted(facts.items()):
+        forms = sorted({normal_form(entry) for entry in ([value] if isinstance(value, str) else value)})
+        normal.append((name, forms[0] if len(forms) == 1 else forms))
     digest = hashlib.blake2b(json.dumps(normal).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -129,3 +129,21 @@ def test_files_of_values(tmp_path):
         read_label_values(str(path))
     with pytest.raises(ConfigError, match="cannot read"):
         read_label_values(str(tmp_path / "absent.json"))
+
+
+def test_values_do_not_depend_on_an_outage(tmp_path):
+    for number, genre in enumerate(GENRES):
+        write_shard(tmp_path / f"train-{number}.tar", [(f"k{number}", sample(number, genre=genre))])
+    index = index_of(f"{tmp_path}/train-*.tar")
+    data = DataConfig(classes=("genre",))
+    assert find_label_values(data, [index], LOCAL) == {"genre": GENRES}
+    (tmp_path / "train-1.tar").unlink()
+    with pytest.raises(DataError, match=r"train-1\.tar cannot be read: No such file.*start again when it can be"):
+        find_label_values(data, [index], LOCAL)
+    (tmp_path / "train-1.tar").write_bytes((tmp_path / "train-0.tar").read_bytes()[:700])
+    assert find_label_values(data, [index], LOCAL) == {"genre": ("folk", "ska")}  # what is damaged is left out
+
+
+def test_a_value_in_two_spellings_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.label_values: tags has Rock in another spelling too; keep one"):
+        Labels(DataConfig(tags=("tags",), label_values={"tags": ("Rock", "ska", "rock")}))

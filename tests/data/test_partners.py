@@ -84,6 +84,15 @@ def test_pairs_that_are_held_out_are_not_trained_on(tmp_path):
     assert (found.pairs, found.triggers, found.unknown) == (1, 1, 0)
 
 
+def test_pairs_do_not_depend_on_an_outage(tmp_path):
+    for number in range(2):
+        write_shard(tmp_path / f"s-{number}.tar", [(str(number), {"json": b"{}"})])
+    path, index = write_pairs(tmp_path / "pairs.parquet", [("0", "1", 1.0)]), index_of(f"{tmp_path}/s-*.tar")
+    (tmp_path / "s-1.tar").unlink()
+    with pytest.raises(DataError, match=r"s-1\.tar cannot be read"):
+        find_partners(str(path), index, LOCAL, tmp_path / "partners", silent)
+
+
 def test_files_that_are_no_pairs_say_so(tmp_path):
     index = index_of(write_shards(tmp_path / "shards", [3]))
     with pytest.raises(DataError, match=r"data.pairs: .*none.parquet"):

@@ -1,12 +1,17 @@
 import json
+import os
 import re
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from muser_dist.config import EvaluateConfig
-from muser_dist.data.pipeline import evaluation_chunks
+from muser_dist.data import rows
+from muser_dist.data.pipeline import evaluation_chunks, known_ids, to_block
 from muser_dist.data.shards import SIDECAR
+from muser_dist.errors import DataError
 from tests.shardmaker import bad_samples, sample, write_shard, write_shards
 from tests.small import LOCAL, index_of, reader_of, small_config
 
@@ -166,6 +171,40 @@ def test_a_shard_that_vanished_quarantines_its_rows(tmp_path):
     entries = [json.loads(problem) for chunk in chunks for problem in chunk["problems"]]
     assert [entry["row"] for entry in entries] == [2, 3]
     assert "cannot be read" in entries[0]["reason"]
+
+
+def test_a_shard_that_storage_did_not_give_once_is_read_again_later(tmp_path, monkeypatch):
+    pattern = write_shards(tmp_path, [6])
+    reader = reader_of(small_config(), pattern)
+    walked = rows.walk
+
+    def outage(file):
+        yield from islice(walked(file), 2)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(rows, "walk", outage)
+    assert [reader.rows.row(0, number).unread for number in range(6)] == [False] * 2 + [True] * 4
+    monkeypatch.setattr(rows, "walk", walked)
+    assert reader.rows.row(0, 5).unread  # not at each row: waiting for a dead server takes long
+    monkeypatch.setattr(rows, "_FAILED_SECONDS", 0.0)
+    assert [reader.rows.row(0, number).problem for number in range(6)] == [None] * 6
+
+
+def test_a_folder_whose_name_is_no_unicode_is_told_with_replacements(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/Musik_\xfc"))
+    pattern = write_shards(folder, [3])
+    (chunk,) = reader_of(small_config(), pattern).read([0])
+    assert to_block(chunk).num_rows == 1
+    assert "Musik_\ufffd/train-00000.tar" in str(chunk["shard"])
+
+
+def test_what_a_run_must_not_train_on_does_not_depend_on_an_outage(tmp_path):
+    index = index_of(write_shards(tmp_path, [3, 3]))
+    assert len(known_ids(index, LOCAL, 6)) == 6
+    (tmp_path / "train-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"train-00001\.tar: .*cannot be read.*take the shard out"):
+        known_ids(index, LOCAL, 6)
+    assert len(known_ids(index, LOCAL, 3)) == 3
 
 
 def test_a_finite_pass_pads_its_last_chunk(tmp_path):

@@ -17,3 +17,9 @@ def test_an_address_where_no_cluster_answers_is_told_at_once():
     with pytest.raises(ClusterError, match=rf"no Ray cluster answers at \S+:{port} \(RAY_ADDRESS\)"):
         join(f"127.0.0.1:{port}")
     assert time.monotonic() - start < 60  # Ray itself would go on for a quarter of an hour
+
+
+@pytest.mark.parametrize("address", ["", "somewhere", "somewhere:port"])
+def test_what_is_no_address_is_no_traceback(address):
+    with pytest.raises(ClusterError, match="RAY_ADDRESS"):
+        join(address)

@@ -1,8 +1,10 @@
 """Shards behind URLs: the same rows as from disk, whatever the network does, and each byte fetched once."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +17,7 @@ from muser_dist.config import to_dict
 from muser_dist.data import storage as storage_module
 from muser_dist.data.config import DataConfig
 from muser_dist.data.pipeline import plan_digest
-from muser_dist.data.storage import Storage, redact
+from muser_dist.data.storage import Storage, _version, redact
 from muser_dist.errors import ConfigError, DataError
 from tests.fault_proxy import Fault, fault_proxy, seeded
 from tests.object_store import KEY, SECRET, ObjectStore, endpoint, object_store, storage_options
@@ -112,6 +114,38 @@ def test_the_cache_stays_below_its_size(shards, store, tmp_path):
     assert not any(chunk["problems"] for chunk in chunks)
     kept = [path.stat().st_size for path in tmp_path.glob("*.tar")]
     assert 0 < sum(kept) <= 2 * most
+
+
+def test_what_a_user_keeps_in_the_folder_of_the_cache_stays(shards, tmp_path):
+    mine = [tmp_path / name for name in ("thesis.docx", "results.tar", "env.old/notes.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (0, 0))
+    memory = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        memory.pipe_file(f"/full/{path.name}", path.read_bytes())
+    storage = Storage({}, tmp_path, 1, 20)
+    for url in storage.expand(["memory://full/*.tar"], "data.train"):
+        storage.open(url).close()
+    assert all(path.exists() for path in mine)
+    assert len(list(tmp_path.glob("*.tar"))) == 2  # the user's, and the shard that was read last
+
+
+def test_a_local_disk_is_not_taken_for_the_storage(shards, tmp_path):
+    fsspec.filesystem("memory").pipe_file("/some/a.tar", (shards / "train-00000.tar").read_bytes())
+    with pytest.raises(DataError, match=r"cannot be copied to /proc/absent"):
+        Storage({}, Path("/proc/absent"), 1 << 30, 20).open("memory://some/a.tar")
+
+
+def test_a_server_that_tells_times_in_two_ways_tells_of_one_version():
+    """Listed in milliseconds, and in seconds when asked for a file."""
+    listed = {"ETag": '"1"', "size": 5, "LastModified": datetime(2026, 1, 1, 0, 0, 0, 317_000)}
+    asked = listed | {"LastModified": datetime(2026, 1, 1)}
+    other = listed | {"ETag": '"2"'}
+    assert _version(listed) == _version(asked) != _version(other)
+    without = {"size": 5, "mtime": 1.0}
+    assert _version(without) != _version(without | {"mtime": 2.0})
 
 
 def test_another_version_of_a_shard_is_fetched_anew(shards, store, tmp_path):

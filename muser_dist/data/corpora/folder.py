@@ -18,6 +18,7 @@ from typing import Any
 from muser_dist.data.corpora.table import hash_share
 from muser_dist.data.corpora.writer import EXTENSIONS, Track
 from muser_dist.errors import DataError
+from muser_dist.files import files_in
 
 TEMPLATES = ("{title}",)
 
@@ -31,14 +32,12 @@ def read_folder(root: Path, val_share: float = 0.0) -> list[Track]:
         val_share: share of the tracks that goes to "val", by a hash of the path.
 
     Raises:
-        DataError: there is no such folder, or no file of a known extension in it.
+        DataError: there is no such folder, or no file of a known extension in it, or one in it cannot be listed.
     """
     of_names: dict[str, list[Path]] = defaultdict(list)
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder) / name
-            if path.suffix[1:].lower() in EXTENSIONS:
-                of_names[os.path.splitext(os.path.relpath(path, root))[0]].append(path)
+    for path in map(Path, files_in(root)):
+        if path.suffix[1:].lower() in EXTENSIONS:
+            of_names[os.path.splitext(os.path.relpath(path, root))[0]].append(path)
     if not of_names:
         raise DataError(f"{root}: there is no file with an extension of music ({', '.join(sorted(EXTENSIONS))})")
     tracks = []

@@ -196,8 +196,11 @@ def test_a_folder(tmp_path):
     found, told = in_a_shard(tmp_path, list(tracks.values()))
     assert set(found["irish_jig"]) == {"abc", "mid", "json"} and set(found["01_Slow_Air"]) == {"mid", "json"}
     assert told["empty"] == "is empty" and told["reel"].startswith("reel.json: cannot be read: Expecting")
-    with pytest.raises(DataError, match="there is no file with an extension of music"):
+    with pytest.raises(DataError, match="nowhere cannot be listed: No such file"):
         read_folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="there is no file with an extension of music"):
+        read_folder(tmp_path / "empty")
     assert {track.split for track in read_folder(tmp_path / "corpus", 0.5)} == {"train", "val"}
 
 
