@@ -1,9 +1,11 @@
 """Files that are either whole or not there, for a run may die while it writes; and folders of one job at a time."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +31,24 @@ def files_in(root: str | Path) -> Iterator[str]:
 
     for folder, _, names in os.walk(root, onerror=refuse):
         yield from filter(os.path.isfile, (os.path.join(folder, name) for name in names))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is complete and on the disk; what was there before is replaced.
+
+    Several may write the same one at a time, each to a file of its own: a task whose node seemed to be dead may live.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may leave a file of zeros under the name
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

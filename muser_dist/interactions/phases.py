@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 from muser_dist.data.config import Strict
 from muser_dist.data.storage import Storage, redact
 from muser_dist.errors import ConfigError, DataError, require
-from muser_dist.files import write_whole
+from muser_dist.files import whole_file, write_whole
 from muser_dist.interactions.ids import hash_names
 from muser_dist.interactions.log import LogLayout
 from muser_dist.interactions.mining import COUNTS, INTERACTIONS, NAMES, SUPPORTS, MiningConfig, mine, number
 from muser_dist.interactions.readers import Piece, read_piece
 from muser_dist.interactions.reduce import reduce_items, reduce_pairs
-from muser_dist.interactions.spill import map_tables, read_spill, whole_file, write_spill, write_table
+from muser_dist.interactions.spill import map_tables, read_spill, write_spill, write_table
 from muser_dist.interactions.split import SplitConfig
 
 Phase = Literal["read", "mine", "items", "pairs"]

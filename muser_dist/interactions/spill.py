@@ -4,14 +4,13 @@ So n tasks and p partitions make n files and not n times p; a task of the next p
 are whole or not there, and two tasks may write the same one at a time: a task whose node seemed to be dead may live.
 """
 
-import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from muser_dist.files import whole_file
 from muser_dist.interactions.ids import partition_of
 
 
@@ -59,24 +58,3 @@ _LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], kind) for kind in schema.types], schema=schema)
-
-
-class whole_file:
-    """A file that gets its name when it is complete and on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-
-    def __enter__(self) -> pa.NativeFile:
-        self._file = pa.OSFile(str(self._temporary), "wb")
-        return self._file
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._file.close()
-        if error is not None:
-            self._temporary.unlink()
-            return
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a machine that goes down may leave a file of zeros under the name
-        self._temporary.replace(self._path)
