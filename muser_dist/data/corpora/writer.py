@@ -5,11 +5,14 @@
     muser-corpus.json   a hash of what the shards were planned from
     skipped.jsonl       the tracks that are in no shard, and files that others lack there, and why
 
+A shard that lacks a track which skipped.jsonl does not name is damaged, and a repeated call makes it anew.
+
 Tracks are shuffled: corpora are sorted by genre, artist or album, and training shuffles inside a
 window of a few shards only. In order, a batch would hold one genre, whose clips are poor negatives
 for each other, and the first rows, which evaluation takes, would be no sample of the whole.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -32,7 +35,7 @@ from muser_dist.data.shards import SIDECAR
 from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, walk
 from muser_dist.errors import ClusterError, DataError
-from muser_dist.files import write_whole
+from muser_dist.files import alone_in, whole_file, write_whole
 
 MANIFEST = "muser-corpus.json"
 SKIPPED = "skipped.jsonl"
@@ -107,7 +110,8 @@ def write_tracks(
         progress: called with (tracks done, tracks), first when the kept shards are known.
 
     Raises:
-        DataError: no track can be written, or the folder cannot be written or holds another corpus.
+        DataError: no track can be written, or the folder holds another corpus or another job works in it.
+        ConfigError: the folder cannot be written.
         ClusterError: no Ray cluster answers at RAY_ADDRESS.
     """
     if shard_rows < 1:
@@ -120,23 +124,28 @@ def write_tracks(
         raise DataError(f"none of {len(checked)} tracks can be written{first}")
     shards = _plan(usable, shard_rows, seed)
     try:
-        _claim(folder, usable, shard_rows, seed)
-        done = sum(len(rows) for name, rows in shards.items() if (folder / name).exists())
-        report = progress or (lambda done, total: None)
-        report(done, len(usable))
-        results: dict[str, list[Track]] = {}
-        for name, skipped, kept in _write_on_ray(folder, shards):
-            results[name] = skipped
-            if not kept:
-                done += len(shards[name])
-                report(done, len(usable))
-        skipped = [track for track in checked if track.problem is not None]
-        skipped += [track for name in shards for track in results[name]]
-        told = [(track.key, track.file, track.problem) for track in skipped] + lacking
-        lines = [{"key": key, "file": str(file), "reason": reason} for key, file, reason in told]
-        write_whole(folder / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
-        rows = {name: len(shards[name]) - len(results[name]) for name in shards}
-        _write_index(folder, rows)
+        with alone_in(folder):
+            _claim(folder, usable, shard_rows, seed)
+            # What still writes after a Ctrl-C, on a cluster that goes on, loses its file and can replace no shard.
+            _remove_parts(folder)
+            there = {name for name in shards if (folder / name).exists()}
+            done = sum(len(shards[name]) for name in there)
+            report = progress or (lambda done, total: None)
+            report(done, len(usable))
+            results: dict[str, list[Track]] = {}
+            for name, skipped in _write_on_ray(folder, shards):
+                results[name] = skipped
+                with (folder / SKIPPED).open("a") as file:  # at once, for `_lacking` of a call that goes on
+                    file.write(_lines(skipped, []))
+                if name not in there:
+                    done += len(shards[name])
+                    report(done, len(usable))
+            _remove_parts(folder)  # of tasks that died, and that Ray began again
+            skipped = [track for track in checked if track.problem is not None]
+            skipped += [track for name in shards for track in results[name]]
+            write_whole(folder / SKIPPED, _lines(skipped, lacking))
+            rows = {name: len(shards[name]) - len(results[name]) for name in shards}
+            _write_index(folder, rows)
     except OSError as error:
         raise DataError(f"cannot write shards to {folder}: {error.strerror or error}") from None
     return Written(rows, len(skipped), len(lacking))
@@ -181,6 +190,11 @@ def _keys(shard: Path) -> list[str]:
             return [sample.key for sample in walk(file)]
     except DataError as error:
         raise DataError(f"{shard} {error}; take it away or make it anew") from None
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 # --- The plan ---
@@ -294,7 +308,7 @@ def _claim(folder: Path, tracks: list[Track], shard_rows: int, seed: int) -> Non
 # --- The shards ---
 
 
-def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tuple[str, list[Track], bool]]:
+def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tuple[str, list[Track]]]:
     """Yields what `_write_shard` returned for each shard, after its name, in the order in which they end."""
     with connected():
         task = ray.remote(_write_shard)
@@ -304,28 +318,23 @@ def _write_on_ray(folder: Path, shards: dict[str, list[Track]]) -> Iterator[tupl
                 (ended,), _ = ray.wait(list(running), num_returns=1)
                 name = running.pop(ended)
                 try:
-                    skipped, kept = ray.get(ended)
+                    skipped = ray.get(ended)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except ray.exceptions.RayError as error:
                     raise ClusterError(f"the task that writes {name} died: {error}") from None
-                yield name, skipped, kept
+                yield name, skipped
         finally:  # after an error or Ctrl-C, a cluster that goes on must not
             for left in running:
                 ray.cancel(left)
 
 
-def _write_shard(path: Path, tracks: list[Track]) -> tuple[list[Track], bool]:
-    """Writes one shard, or checks the one that is there.
-
-    Returns:
-        the tracks that it lacks, because their files could not be read; whether it was there.
-    """
-    if path.exists():
-        return _lacking(path, tracks), True
+def _write_shard(path: Path, tracks: list[Track]) -> list[Track]:
+    """Writes one shard, unless it is there. Returns the tracks that it lacks, because their files could not be read."""
+    if path.exists() and (lacking := _lacking(path, tracks)) is not None:
+        return lacking
     skipped = []
-    part = path.with_name(f".{path.name}.part")
-    with tarfile.open(part, "w") as tar:
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for track in tracks:
             try:
                 # Whole, so that a file that breaks off leaves no half member behind.
@@ -336,8 +345,7 @@ def _write_shard(path: Path, tracks: list[Track]) -> tuple[list[Track], bool]:
             if track.content is not None:
                 contents[_extension(track.file)] = track.content
             _add_sample(tar, track.key, contents | {"json": _encode_metadata(track)})
-    part.replace(path)
-    return skipped, False
+    return skipped
 
 
 def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
@@ -353,10 +361,36 @@ def _encode_metadata(track: Track) -> bytes:
     return json.dumps(track.metadata, default=str).encode()
 
 
-def _lacking(path: Path, tracks: list[Track]) -> list[Track]:
-    """The tracks that an existing shard should have and has not; raises DataError when it is not the one planned."""
+def _lacking(path: Path, tracks: list[Track]) -> list[Track] | None:
+    """The tracks that an existing shard was written without; None where it is damaged: it lacks others.
+
+    Raises:
+        DataError: it is not the one planned, or cannot be read.
+    """
     keys = set(_keys(path))
     lacking = [track for track in tracks if track.key not in keys]
     if len(keys) + len(lacking) != len(tracks):
         raise DataError(f"{path} has other tracks than this corpus; delete it and it is made anew")
-    return [replace(track, problem=f"could not be read when {path.name} was written") for track in lacking]
+    told = _told(path.parent) if lacking else {}
+    known = [replace(track, problem=told.get((track.key, str(track.file)))) for track in lacking]
+    return known if all(track.problem is not None for track in known) else None
+
+
+# --- The list of what was skipped ---
+
+
+def _lines(skipped: list[Track], lacking: list[_Lacking]) -> str:
+    told = [(track.key, track.file, track.problem) for track in skipped] + lacking
+    lines = [{"key": key, "file": str(file), "reason": reason} for key, file, reason in told]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _told(folder: Path) -> dict[tuple[str, str], str]:
+    """What a folder's list says: the reason by key and file. A line that broke off when a call died says nothing."""
+    told = {}
+    path = folder / SKIPPED
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            told[line["key"], line["file"]] = line["reason"]
+    return told

@@ -41,8 +41,7 @@ def samples(*shards: Path) -> dict[str, Sample]:
 def in_a_shard(folder: Path, tracks: list[Track]) -> tuple[dict[str, Sample], dict[str, str | None]]:
     """What a shard of the usable tracks holds, and why others, or files, are not: all of `write_tracks` but Ray."""
     checked, lacking = _check(_with_unique_keys(tracks))
-    skipped, _ = _write_shard(folder / "all.tar", [track for track in checked if track.problem is None])
-    assert not skipped
+    assert not _write_shard(folder / "all.tar", [track for track in checked if track.problem is None])
     told = {track.key: track.problem for track in checked if track.problem is not None}
     return samples(folder / "all.tar"), told | {f"{key} {file.name}": reason for key, file, reason in lacking}
 

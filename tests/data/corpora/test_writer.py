@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 import soundfile
 
 from muser_dist.data.corpora.writer import MANIFEST, SIDECAR, SKIPPED, Track, write_index, write_tracks
-from muser_dist.errors import DataError
+from muser_dist.errors import ConfigError, DataError
+from muser_dist.files import alone_in, whole_file
 from tests.data.corpora.layouts import audio, lines_of
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -26,6 +26,11 @@ def members(folder: Path) -> dict[str, dict[str, bytes]]:
             assert all(i.isreg() and i.mtime == 0 and i.uid == 0 and i.uname == "muser" for i in infos)
             found[path.name] = {i.name: tar.extractfile(i).read() for i in infos}
     return found
+
+
+def seen(folder: Path) -> list[str]:
+    """What lies in a folder, but for the lock, which some versions of filelock leave there."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def keys(folder: Path) -> list[str]:
@@ -49,7 +54,7 @@ def test_shards_hold_the_files_as_they_are(tracks, tmp_path):
     rows = {"train-00000.tar": 4, "train-00001.tar": 4, "train-00002.tar": 2, "val-00000.tar": 3}
     assert (written.rows, written.skipped) == (rows, 0)
     assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"format": 1, "rows": rows}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*rows, SIDECAR, MANIFEST, SKIPPED])
+    assert seen(tmp_path / "out") == sorted([*rows, SIDECAR, MANIFEST, SKIPPED])
     assert (tmp_path / "out" / SKIPPED).read_text() == ""
     assert calls[0] == (0, 13) and calls[-1] == (13, 13) and calls == sorted(calls)
     found = members(tmp_path / "out")
@@ -85,7 +90,7 @@ def test_an_interrupted_call_goes_on(tracks, tmp_path):
     written = write_tracks(tmp_path, tracks, 4, progress=lambda *call: calls.append(call))
     assert calls[0] == (9, 13) and calls[-1] == (13, 13)
     assert sum(written.rows.values()) == 13 and (tmp_path / SIDECAR).exists()
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.part"))
     for path, (modified, content) in before.items():
         assert path.read_bytes() == content
         assert (path.stat().st_mtime_ns == modified) == (path != lost)
@@ -119,16 +124,59 @@ def test_tracks_without_a_usable_file_are_listed(tracks, tmp_path):
 
 
 def test_a_file_that_goes_away_while_shards_are_written(tracks, tmp_path):
-    """It is skipped where it was found missing, and still is when the call is repeated."""
-    gone = audio(tmp_path / "gone.wav")
+    """It is skipped where it was found missing, and still is when the call is repeated, even if it never ended."""
+    gone, out = audio(tmp_path / "gone.wav"), tmp_path / "out"
     tracks.append(Track("gone", gone, {}))
-    for reason in ("cannot be read: No such file", r"could not be read when train-0000\d.tar was written"):
-        written = write_tracks(tmp_path / "out", tracks, 4, progress=lambda *_: gone.unlink(missing_ok=True))
-        assert sum(written.rows.values()) == 13 and written.skipped == 1
-        (line,) = lines_of(tmp_path / "out" / SKIPPED)
-        assert line["key"] == "gone" and re.match(reason, line["reason"])
-        assert json.loads((tmp_path / "out" / SIDECAR).read_text())["rows"] == written.rows
+
+    def interrupted(done: int, total: int) -> None:
+        gone.unlink(missing_ok=True)
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tracks(out, tracks, 4, progress=interrupted)
+    assert not (out / SIDECAR).exists()
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    for _ in range(2):
         audio(gone)
+        written = write_tracks(out, tracks, 4)
+        assert sum(written.rows.values()) == 13 and written.skipped == 1
+        (line,) = lines_of(out / SKIPPED)
+        assert line["key"] == "gone" and line["reason"] == "cannot be read: No such file or directory"
+        assert json.loads((out / SIDECAR).read_text())["rows"] == written.rows
+        assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == shards
+
+
+def test_a_shard_that_lacks_tracks_for_no_known_reason_is_made_anew(tracks, tmp_path):
+    before = write_tracks(tmp_path, tracks, 4)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    lost = tmp_path / "train-00001.tar"
+    lost.write_bytes(bytes(len(whole[lost])))
+    calls = []
+    assert write_tracks(tmp_path, tracks, 4, progress=lambda *call: calls.append(call)) == before
+    assert {path: path.read_bytes() for path in whole} == whole and lines_of(tmp_path / SKIPPED) == []
+    assert calls == [(13, 13)]
+
+
+def test_a_folder_that_another_job_works_in_is_not_touched(tracks, tmp_path):
+    with alone_in(tmp_path), pytest.raises(DataError, match="another job works in"):
+        write_tracks(tmp_path, tracks, 4)
+    assert [name for name in seen(tmp_path) if name != "music"] == []
+
+
+def test_what_still_writes_when_a_call_goes_on_replaces_no_shard(tracks, tmp_path):
+    """As a task does that Ctrl-C did not reach, on a cluster that goes on."""
+    left = []
+
+    def died(done: int, total: int) -> None:
+        left.append(sorted(tmp_path.glob(".*.part")))
+        (tmp_path / ".train-00000.tar.0.part").write_bytes(b"of a task whose node died")
+
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "train-00000.tar") as file:
+        write_tracks(tmp_path, tracks, 4, progress=died)
+        file.write(b"of an earlier call")
+    assert left[0] == [] and not list(tmp_path.glob(".*.part"))
+    assert len(keys(tmp_path)) == 13
 
 
 @pytest.mark.parametrize(
@@ -153,7 +201,7 @@ def test_long_keys_still_fit_into_file_names(tracks, tmp_path):
 @pytest.mark.parametrize("other", ["rows", "seed", "metadata", "fewer", "split", "file"])
 def test_another_corpus_in_the_same_folder_is_refused(tracks, tmp_path, other):
     write_tracks(tmp_path, tracks, 4)
-    shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*")}
+    shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")}
     changed, rows, seed = list(tracks), 4, 0
     if other == "rows":
         rows = 5
@@ -166,7 +214,7 @@ def test_another_corpus_in_the_same_folder_is_refused(tracks, tmp_path, other):
         changed[0] = replace(tracks[0], **{other: change})
     with pytest.raises(DataError, match=r"holds shards of another corpus.*Choose another folder"):
         write_tracks(tmp_path, changed, rows, seed)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*")} == shards
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")} == shards
 
 
 def test_shards_that_somebody_else_put_there_are_refused(tracks, tmp_path):
@@ -202,7 +250,7 @@ def test_nothing_to_write(tmp_path, tracks):
 
 def test_a_folder_that_cannot_be_written(tracks, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write shards to .*file/out"):
+    with pytest.raises(ConfigError, match=r"--out: cannot write to .*file/out"):
         write_tracks(tmp_path / "file" / "out", tracks, 4)
 
 
