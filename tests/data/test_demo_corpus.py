@@ -16,7 +16,8 @@ import soundfile
 import soxr
 
 from muser_dist.data.corpora import demo
-from muser_dist.errors import DataError
+from muser_dist.errors import ConfigError, DataError
+from muser_dist.files import alone_in
 
 RATE = 16_000
 HOP = 160
@@ -201,7 +202,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shards_hold_what_the_index_says(corpus: Path):
     rows = {"train-00000.tar": 8, "train-00001.tar": 8, "train-00002.tar": 4, "val-00000.tar": 6}
-    assert sorted(path.name for path in corpus.iterdir()) == sorted([*rows, "muser-index.json"])
+    assert sorted(path.name for path in corpus.glob("[!.]*")) == sorted([*rows, "muser-index.json"])
     assert json.loads((corpus / "muser-index.json").read_text()) == {"format": 1, "rows": rows}
     formats, channels, waveforms = set(), set(), set()
     for name, count in rows.items():
@@ -260,10 +261,16 @@ def test_senseless_numbers_are_refused(tmp_path: Path, wrong: dict[str, Any]):
     assert not (tmp_path / "new").exists()
 
 
-def test_folder_that_cannot_be_written_is_a_data_error(tmp_path: Path):
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write the demo corpus"):
+    with pytest.raises(ConfigError, match=r"--out: cannot write to .*file/folder"):
         write(tmp_path / "file" / "folder")
+
+
+def test_folder_that_another_job_works_in_is_not_touched(tmp_path: Path):
+    with alone_in(tmp_path), pytest.raises(DataError, match="another job works in"):
+        write(tmp_path)
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 @pytest.fixture

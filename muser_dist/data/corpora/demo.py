@@ -22,7 +22,7 @@ import soundfile
 from webdataset import TarWriter
 
 from muser_dist.errors import DataError
-from muser_dist.files import write_whole
+from muser_dist.files import alone_in, write_whole
 
 FORMATS = ("flac", "ogg", "mp3")
 SAMPLE_RATES = (22_050, 32_000, 44_100, 48_000)
@@ -322,7 +322,8 @@ def write_demo(
         progress: called with (pieces there, pieces wanted), first when the kept shards are known.
 
     Raises:
-        DataError: a number makes no sense, or the folder cannot be written or holds another corpus.
+        DataError: a number makes no sense, or the folder holds another corpus or another job works in it.
+        ConfigError: the folder cannot be written.
     """
     if min(train, val) < 0 or not 0 < train + val <= VAL_FIRST:
         raise DataError(f"train is {train} and val is {val}; neither may be negative, nor both 0")
@@ -334,28 +335,28 @@ def write_demo(
         for number, start in enumerate(range(0, rows, shard_rows))
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name: path for split in ("train", "val") for path in sorted(folder.glob(f"{split}-*.tar"))}
-        for name, path in there.items():
-            if name not in shards or not _holds(path, shards[name], seed, seconds):
-                raise DataError(f"{path} is of another corpus than you ask for; delete it or choose another folder")
-        done = sum(len(shards[name]) for name in there)
-        report = progress or (lambda done, total: None)
-        report(done, train + val)
-        missing = [name for name in shards if name not in there]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # The workers leave Ctrl-C to this process: they end their shards, and nothing is half written.
-        deaf = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(max(1, min(len(missing), cores)), initializer=deaf) as pool:
-            jobs = [pool.submit(_write_shard, folder / name, shards[name], seed, seconds) for name in missing]
-            try:
-                for job in as_completed(jobs):
-                    done += job.result()
-                    report(done, train + val)
-            finally:  # after an error, do not make the other shards before saying what went wrong
-                pool.shutdown(cancel_futures=True)
-        index = {"format": 1, "rows": {name: len(indices) for name, indices in shards.items()}}
-        write_whole(folder / "muser-index.json", json.dumps(index, indent=1).encode())
+        with alone_in(folder):
+            there = {path.name: path for split in ("train", "val") for path in sorted(folder.glob(f"{split}-*.tar"))}
+            for name, path in there.items():
+                if name not in shards or not _holds(path, shards[name], seed, seconds):
+                    raise DataError(f"{path} is of another corpus than you ask for; delete it or choose another folder")
+            done = sum(len(shards[name]) for name in there)
+            report = progress or (lambda done, total: None)
+            report(done, train + val)
+            missing = [name for name in shards if name not in there]
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            # The workers leave Ctrl-C to this process: they end their shards, and nothing is half written.
+            deaf = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            with ProcessPoolExecutor(max(1, min(len(missing), cores)), initializer=deaf) as pool:
+                jobs = [pool.submit(_write_shard, folder / name, shards[name], seed, seconds) for name in missing]
+                try:
+                    for job in as_completed(jobs):
+                        done += job.result()
+                        report(done, train + val)
+                finally:  # after an error, do not make the other shards before saying what went wrong
+                    pool.shutdown(cancel_futures=True)
+            index = {"format": 1, "rows": {name: len(indices) for name, indices in shards.items()}}
+            write_whole(folder / "muser-index.json", json.dumps(index, indent=1).encode())
     except OSError as error:
         raise DataError(f"cannot write the demo corpus to {folder}: {error.strerror or error}") from None
 
