@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from muser_dist.search import Hit, Index
 
 FORMAT = 3
-_WEIGHTS, _CONFIG, _TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+MODEL_FILES = (_TOKENIZER, _WEIGHTS, _CONFIG) = ("tokenizer", "model.safetensors", "config.json")
+"""All that `save_model` may write, in its order."""
 
 # Windows that a tower gets at a time, and not a training chunk's hundreds: a laptop must hold what they need.
 _MOST_WINDOWS = 32
@@ -106,7 +107,8 @@ def exported_config(folder: Path) -> RunConfig:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not an exported model of format {FORMAT}")
     config = from_dict(content.get("config"), str(path))
-    if (folder / _TOKENIZER).is_dir():  # the one that training named may not be on this machine
+    # The one that training named may not be on this machine. "words" has no files: a folder is a former model's.
+    if config.data.tokenizer != "words" and (folder / _TOKENIZER).is_dir():
         config = replace(config, data=replace(config.data, tokenizer=str(folder / _TOKENIZER)))
     return config
 

@@ -20,7 +20,7 @@ from muser_dist.data.storage import Storage, redact
 from muser_dist.errors import CheckpointError
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
-from muser_dist.muser import Muser, save_model
+from muser_dist.muser import MODEL_FILES, Muser, save_model
 from muser_dist.train.checkpoint import FORMAT, Pieces
 from muser_dist.train.engine import AVERAGE, BUFFER, WEIGHT
 from muser_dist.train.preflight import LABEL_VALUES
@@ -36,7 +36,7 @@ def export(run: Path, out: Path, force: bool = False) -> str:
     Args:
         run: folder of a run that has ended, or that has a checkpoint.
         out: the folder; made when missing.
-        force: replaces one that is there.
+        force: replaces a model that is there, with its card; other files stay.
 
     Returns:
         what the weights are of, in words.
@@ -68,10 +68,12 @@ def export(run: Path, out: Path, force: bool = False) -> str:
             save_model(made, weights, config)
             samples, state = step * config.train.global_batch, f"the checkpoint at step {step:,}"
         write_whole(made / CARD, card(run, config, record, samples, state))
-        for name in (path.name for path in made.iterdir()):
+        for name in (CARD, *MODEL_FILES[::-1]):  # also what this model lacks: a tokenizer that stays would be another's
             old = out / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            (made / name).replace(old)
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+        for name in (*MODEL_FILES, CARD):
+            if (made / name).exists():
+                (made / name).replace(out / name)
     return f"{state}, {samples:,} samples"
 
 

@@ -1,12 +1,15 @@
 """An exported folder loads, equals what it was made of, says what it is, and holds no address."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from muser_dist import Muser
 from muser_dist.config import ModelConfig, ObjectiveConfig, to_dict
@@ -122,6 +125,33 @@ def test_what_is_there_is_replaced_by_force_alone(run, tmp_path):
     assert "Licence" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match="is no run's folder"):
         export(tmp_path, tmp_path / "other")
+
+
+def make_tokenizer(folder):
+    """A tokenizer with files, of as many ids as the small config's hashed words."""
+    words = ("[UNK]", "a", "slow", "waltz", *(f"word{i}" for i in range(60)))
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[UNK]").save_pretrained(folder)
+    return str(folder)
+
+
+def test_force_leaves_nothing_of_the_model_before_and_all_that_is_the_users(run, tmp_path):
+    before = replace(run, data=replace(run.data, tokenizer=make_tokenizer(tmp_path / "own")))
+    save_model(run.folder / "model", MultimodalModel(before).state_dict(), before)
+    out, sentence = tmp_path / "out", ["a slow waltz"]
+    export(run.folder, out)
+    assert (out / "tokenizer").is_dir()
+    (out / "notes.txt").write_text("mine")
+    shutil.rmtree(run.folder / "model")
+    save_model(run.folder / "model", MultimodalModel(run).state_dict(), run)
+    export(run.folder, out, force=True)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "notes.txt"}
+    want = Muser.from_pretrained(run.folder).encode_text(sentence)
+    np.testing.assert_array_equal(Muser.from_pretrained(out).encode_text(sentence), want)
+    # A folder that lies there nevertheless is not the model's: words are hashed.
+    make_tokenizer(out / "tokenizer")
+    np.testing.assert_array_equal(Muser.from_pretrained(out).encode_text(sentence), want)
 
 
 def test_heads_of_labels_are_sized_by_the_values_that_the_run_found(run, tmp_path):
