@@ -147,7 +147,9 @@ def embed(
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         name = _digest(model, config, index)
-        kept = [keep / f"{name}-{start:07d}-{min(chunks, start + step):07d}.npz" for start in starts]
+        # By rows: where evaluate.rows ends amid a chunk, the chunk's number does not tell what is in it.
+        ranges = [(start * chunk, min(total, (start + step) * chunk)) for start in starts]
+        kept = [keep / f"{name}-rows-{first:08d}-{end:08d}.npz" for first, end in ranges]
     parts: list[Embedded] = []
     for path in kept:  # those at the front that are there
         if path is None or not path.exists():

@@ -189,6 +189,26 @@ def test_what_is_embedded_may_be_kept(muser, tmp_path, monkeypatch):
         embed(muser, config, index_of(f"{tmp_path}/train-00000.tar"), LOCAL, keep=tmp_path / "kept")
 
 
+def test_of_what_is_kept_as_many_rows_are_scored_as_are_asked_for(muser, tmp_path):
+    """Also where the number ends amid a chunk; a part that is whole is made once for all numbers."""
+    config, index = small_config(train={"chunk": 8}), index_of(write_shards(tmp_path, [7]))
+    for rows in (3, 6, 2):
+        asked = replace(config, evaluate=EvaluateConfig(rows=rows))
+        assert len(embed(muser, asked, index, LOCAL, keep=tmp_path / "kept")) == rows
+
+    config, kept = small_config(), tmp_path / "of-two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muser_dist.evaluate.embedding._PART_ROWS", 2)
+        for rows in (3, 5):
+            embed(muser, replace(config, evaluate=EvaluateConfig(rows=rows)), index, LOCAL, keep=kept)
+    assert [path.stem[-17:] for path in sorted(kept.iterdir())] == [
+        "00000000-00000002",
+        "00000002-00000003",
+        "00000002-00000004",
+        "00000004-00000005",
+    ]
+
+
 def test_embeddings_that_are_not_finite_are_an_error_and_collapse_scores_chance(muser, tmp_path):
     index = index_of(write_shards(tmp_path, [40]))
     config = replace(small_config(data={"templates": TEMPLATES}), evaluate=EvaluateConfig(fields=("instrument",)))
