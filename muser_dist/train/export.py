@@ -112,8 +112,6 @@ def last_weights(config: RunConfig, store: CheckpointStore) -> tuple[dict[str, T
 
 def card(run: Path, config: RunConfig, record: dict[str, Any], samples: int, state: str) -> str:
     """The model card, in the form of Hugging Face: YAML, then Markdown."""
-    words = record["command"].split()
-    recipe = words[2] if len(words) > 2 else config.name
     towers = "\n".join(
         f"| {name} | `{tower.build}` | {', '.join(f'{k} {_name(v)}' for k, v in tower.options.items()) or 'defaults'} |"
         for name, tower in config.model.towers().items()
@@ -122,37 +120,24 @@ def card(run: Path, config: RunConfig, record: dict[str, Any], samples: int, sta
     line = last_line(run / METRICS) or {}
     read, bad = line.get("rows_read"), line.get("rows_quarantined")
     used = f" Of {read:,} rows read, {bad:,} could not be used." if read is not None and bad is not None else ""
+    objective, reads_text = config.objective, "text" in config.model.towers()
     templates = "\n".join(f"- `{template}`" for template in config.data.templates)
-    pairs = ", ".join(f"{pair.first}–{pair.second}" for pair in config.objective.pairs)
-    data = config.data
-    modality = next(iter(config.model.towers()))
-    if modality == "symbolic":
-        use = 'muser.encode_symbolic(["YOUR_TUNE.abc"])'
-        takes = (
-            f"It reads {data.symbolic.max_patches} patches of ABC or MIDI at a time; longer ones are cut into windows."
-        )
-    elif modality == "features":
-        use = 'muser.encode_features(["YOUR_SONG.npy"])'
-        takes = (
-            f"It reads {data.features.max_windows} windows' features at a time; longer songs are cut into such runs."
-        )
-    else:
-        use = 'muser.encode_audio(["YOUR_SONG.mp3"])'
-        takes = (
-            f"It hears {data.crop_seconds:g} s at {data.sample_rate:,} Hz at a time; longer clips are cut into windows."
-        )
+    sentences = f"Sentences:\n{templates}\n\n" if reads_text else ""
+    pairs = ", ".join(f"{pair.first}–{pair.second}" for pair in objective.pairs)
+    over = f" over {pairs} with targets `{objective.targets}`" if pairs else ""
+    use = example(config, "muser").replace("'", '"')
     return f"""---
 library_name: muser_dist
 pipeline_tag: feature-extraction
-tags: [audio, music, contrastive]
+tags: [audio, music{", contrastive" if pairs else ""}]
 license: other
 license_name: to-be-chosen
 ---
 
 # {config.name}
 
-One embedding space of {config.model.projection_dim} dimensions for {", ".join(config.model.towers())}, trained with
-muser_dist {__version__} (recipe `{recipe}`). The weights are those of {state}.
+{_purpose(config)}, trained with
+muser_dist {__version__} ({_start(record["command"]) or config.name}). The weights are those of {state}.
 
 **Licence: not chosen yet.** `license_name` above is a placeholder: whoever publishes this folder has to replace it, and
 to look what the licences of the training data allow.
@@ -163,24 +148,21 @@ to look what the licences of the training data allow.
 from muser_dist import Muser
 
 muser = Muser.from_pretrained("FOLDER")  # this one
-print(muser.encode_text(["a slow waltz"]) @ {use}.T)
+print({use})
 ```
 
-{takes}
+{_takes(config)}
 
 ## Training
 
-{samples:,} samples in global batches of {config.train.global_batch:,}, objective `{config.objective.name}` over {pairs}
-with targets `{config.objective.targets}`, seed {config.seed}, code at commit {record.get("commit") or "unknown"}.{used}
+{samples:,} samples in global batches of {config.train.global_batch:,}, objective `{objective.name}`{over},
+seed {config.seed}, code at commit {record.get("commit") or "unknown"}.{used}
 
 | source | weight | shards | rows |
 |---|---|---|---|
 {sources}
 
-Sentences:
-{templates}
-
-| tower | built by | options |
+{sentences}| tower | built by | options |
 |---|---|---|
 {towers}
 
@@ -188,6 +170,53 @@ Sentences:
 
 {_scores(run)}
 """
+
+
+def example(config: RunConfig, muser: str) -> str:
+    """Python that tries a model: what it says of a clip, the clip's embedding, or its cosine with a sentence's.
+
+    Args:
+        config: the model's.
+        muser: the variable that holds it.
+    """
+    modality, *others = config.model.towers()
+    files = {"symbolic": "YOUR_TUNE.abc", "features": "YOUR_SONG.npy", "text": "a slow waltz"}
+    given = f"(['{files.get(modality, 'YOUR_SONG.mp3')}'])"
+    if config.data.label_kinds():
+        return f"{muser}.classify{given}"
+    embedded = f"{muser}.encode_{modality}{given}"
+    return f"{muser}.encode_text(['a slow waltz']) @ {embedded}.T" if "text" in others else embedded
+
+
+def _purpose(config: RunConfig) -> str:
+    """What a model is, in words."""
+    towers, fields = ", ".join(config.model.towers()), ", ".join(config.data.label_kinds())
+    if fields:
+        return f"Tells values of {fields} apart by {next(iter(config.model.towers()))}"
+    if config.objective.pairs:
+        return f"One embedding space of {config.model.projection_dim} dimensions for {towers}"
+    return f"An encoder of {towers}"
+
+
+def _takes(config: RunConfig) -> str:
+    """How much the tower of `example` takes at a time, and what becomes of the rest."""
+    data, modality = config.data, next(iter(config.model.towers()))
+    if modality == "text":
+        return f"It reads the first {data.max_tokens} tokens of a sentence."
+    takes, one_part = {
+        "symbolic": (f"reads {data.symbolic.max_patches} patches of ABC or MIDI", "head is read"),
+        "features": (f"reads {data.features.max_windows} windows' features", "head is read"),
+    }.get(modality, (f"hears {data.crop_seconds:g} s at {data.sample_rate:,} Hz", "middle is heard"))
+    longer = f"of longer ones the {one_part}" if data.label_kinds() else "longer ones are cut into such windows"
+    return f"It {takes} at a time; {longer}."
+
+
+def _start(command: str) -> str:
+    """What a run began with, out of its command: a recipe, or the name of another run without the folders around it."""
+    _, program, start = (command.split(" --")[0].split(maxsplit=2) + 3 * [""])[:3]
+    folder = Path(start)
+    name = folder.parent.name if folder.name == "model" else folder.name
+    return f"{'fine-tuned from' if 'finetune' in program else 'recipe'} `{name}`" if name else ""
 
 
 def _name(option: Any) -> Any:

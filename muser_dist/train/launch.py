@@ -35,6 +35,7 @@ from muser_dist.files import write_whole
 from muser_dist.models.weights import REPORT, as_json, report_weights
 from muser_dist.muser import Muser
 from muser_dist.train.dealer import NOTHING, Dealer
+from muser_dist.train.export import example
 from muser_dist.train.find_chunk import find_chunk
 from muser_dist.train.loop import MODEL, STOPPED, train_worker
 from muser_dist.train.preflight import (
@@ -353,15 +354,11 @@ def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None
     else:
         print("\nNot scored: no --data.val was given")
     page = write_report(folder)
-    modality, *others = config.model.towers()
-    file = {"symbolic": "YOUR_TUNE.abc", "features": "YOUR_SONG.npy"}.get(modality, "YOUR_SONG.mp3")
-    use = f"m.{'classify' if config.data.label_kinds() else f'encode_{modality}'}(['{file}'])"
-    if "text" in others:
-        use = f"m.encode_text(['a slow waltz']) @ {use}.T"
+    trial = f"print({example(config, 'm')})"
     print(
         f"\nModel   {folder / MODEL}\nPage    {page}\nNumbers {folder / 'metrics.jsonl'}\n\n"
         f"Next: open the page, or try the model:\n"
-        f"  python -c \"from muser_dist import Muser; m = Muser.from_pretrained('{folder / MODEL}'); print({use})\"\n"
+        f"  python -c \"from muser_dist import Muser; m = Muser.from_pretrained('{folder / MODEL}'); {trial}\"\n"
         f"  python jobs/evaluate.py {folder} --val 'OTHER/val-*.tar'",
         flush=True,
     )

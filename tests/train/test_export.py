@@ -1,6 +1,7 @@
 """An exported folder loads, equals what it was made of, says what it is, and holds no address."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,15 +13,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from muser_dist import Muser
-from muser_dist.config import ModelConfig, ObjectiveConfig, to_dict
+from muser_dist.config import ModelConfig, ObjectiveConfig, Stages, to_dict
+from muser_dist.data.config import FeaturesConfig
 from muser_dist.errors import CheckpointError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
+from muser_dist.recipes import RECIPES, find_recipe
 from muser_dist.train.checkpoint import FORMAT
 from muser_dist.train.export import export
 from muser_dist.train.store import CheckpointStore
-from tests.shardmaker import tone, write_shards
+from tests.scores import M3, abc
+from tests.shardmaker import encode, tone, write_shards
 from tests.small import LOCAL, index_of, small_config
+from tests.songs import FEATURES, MOST, SIZE, npy, song
 
 SCORES = {
     "rows": 30,
@@ -171,3 +176,60 @@ def test_heads_of_labels_are_sized_by_the_values_that_the_run_found(run, tmp_pat
     muser = Muser.from_pretrained(tmp_path / "out")
     assert muser.label_values == {"genre": ("jig", "polka", "reel")}
     assert muser.classify([tone(1, 0.5, 8_000)])["genre"].shape == (1, 3)
+
+
+def small_configs(name):
+    """A recipe's config, or those of its stages, with small towers of the same modalities."""
+    recipe, small = find_recipe(name), small_config()
+    towers = {"symbolic": M3, "features": FEATURES, **small.model.towers()}
+    for config in [stage.config for stage in recipe.stages] if isinstance(recipe, Stages) else [recipe]:
+        model = {}
+        for modality, of in config.model.towers().items():
+            tower = towers[modality]
+            if of.build == "m3_pretraining":
+                tower = replace(tower, build=of.build, options=tower.options | {"decoder_depth": 1})
+            model[modality] = replace(of, build=tower.build, options=tower.options, weights="", head=True)
+        data = replace(
+            small.data,
+            classes=config.data.classes,
+            label_values={field: ("one", "other") for field in config.data.classes},
+            features=FeaturesConfig(SIZE, MOST),
+            symbolic=replace(config.data.symbolic, max_patches=24),
+        )
+        yield replace(config, data=data, model=ModelConfig(projection_dim=8, **model))
+
+
+def exported(config, folder, command="python jobs/pretrain.py tiny"):
+    """Exports an untrained model as that of a run to folder/out, and returns its card."""
+    config = replace(config, name="trial", storage=str(folder / "runs"))
+    save_model(config.folder / "model", MultimodalModel(config).state_dict(), config)
+    (config.folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (config.folder / "run.json").write_text(json.dumps({"command": command}))
+    export(config.folder, folder / "out")
+    return (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_use_on_the_card_runs(name, tmp_path, monkeypatch, capsys):
+    for number, config in enumerate(small_configs(name)):
+        folder = tmp_path / str(number)
+        (code,) = re.findall(r"```python\n(.*?)```", exported(config, folder), re.DOTALL)
+        monkeypatch.chdir(folder)
+        (folder / "YOUR_SONG.mp3").write_bytes(encode(tone(1, 0.5, 8_000), 8_000))
+        (folder / "YOUR_TUNE.abc").write_bytes(abc(1))
+        (folder / "YOUR_SONG.npy").write_bytes(npy(song(1)))
+        exec(code.replace("FOLDER", "out"), {})
+        said = capsys.readouterr().out
+        assert all(field in said for field in config.data.classes) and "[" in said
+        assert ("encode_text" in code) == ("text" in config.model.towers())
+
+
+def test_the_card_of_a_fine_tuned_model_names_its_fields_and_no_folder(tmp_path):
+    (config,) = small_configs("muser_audio_only")
+    for number, start in enumerate(("/home/alice/my secret/runs/base", "/home/alice/my secret/runs/base/model/")):
+        command = f"python jobs/finetune.py {start} --data.classes genre --data.train /home/alice/x.tar"
+        card = exported(config, tmp_path / str(number), command)
+        assert "(fine-tuned from `base`)" in card
+        assert "Tells values of instrument, type, meter, mode, pace apart by audio" in card
+        for absent in ("alice", "secret", "space of", "contrastive", "over", "Sentences"):
+            assert absent not in card, absent
