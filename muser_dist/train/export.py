@@ -18,6 +18,8 @@ from muser_dist.data.config import read_label_values
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.errors import CheckpointError
+from muser_dist.evaluate.formats import share
+from muser_dist.evaluate.summary import by_field
 from muser_dist.files import write_whole
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import MODEL_FILES, Muser, save_model
@@ -234,18 +236,24 @@ def _source(run: Path, name: str, weight: float) -> str:
 
 
 def _scores(run: Path) -> str:
-    """What evaluation.json says, as a table for each kind of task."""
+    """What evaluation.json says, as a table for each kind of task that it has; a dash where nothing could be scored."""
     path = run / "evaluation.json"
     if not path.exists():
         return "Not scored: the run has no evaluation.json."
     evaluation = json.loads(path.read_text())
-    lines = [f"On {evaluation['rows']:,} validation rows.", "", "| retrieval | R@1 | R@10 | chance R@10 | MRR |"]
-    lines.append("|---|---|---|---|---|")
-    for name, s in evaluation["retrieval"].items():
-        lines.append(f"| {name} | {s['R@1']:.3f} | {s['R@10']:.3f} | {s['chance_R@10']:.3f} | {s['MRR']:.3f} |")
-    lines += ["", "| zero-shot | accuracy | macro F1 | chance |", "|---|---|---|---|"]
-    for field, by_modality in evaluation["zero_shot"].items():
-        for modality, s in by_modality.items():
-            row = f"{s['accuracy']:.3f} | {s['macro_f1']:.3f} | {s['chance']:.3f}"
-            lines.append(f"| {field} by {modality} | {row} |")
+    lines = [f"On {evaluation['rows']:,} validation rows."]
+    scored = list(evaluation["retrieval"].items())
+    lines += _table("retrieval", ("R@1", "R@10", "chance_R@10", "MRR"), scored)
+    by_fields = [(name if how == "zero-shot" else f"{name}, {how}", s) for how, name, s in by_field(evaluation)]
+    lines += _table("classes", ("accuracy", "macro_f1", "chance"), by_fields)
+    lines += _table("tags", ("roc_auc", "pr_auc", "chance_pr_auc"), by_fields)
     return "\n".join(lines)
+
+
+def _table(heading: str, metrics: tuple[str, ...], scored: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Lines of a table of those that have these metrics; none without any."""
+    rows = [
+        f"| {name} | {' | '.join(share(s[metric]) for metric in metrics)} |" for name, s in scored if metrics[0] in s
+    ]
+    heads = " | ".join(metric.replace("_", " ") for metric in metrics)
+    return ["", f"| {heading} | {heads} |", "|---" * (len(metrics) + 1) + "|", *rows] if rows else []

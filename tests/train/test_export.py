@@ -199,12 +199,14 @@ def small_configs(name):
         yield replace(config, data=data, model=ModelConfig(projection_dim=8, **model))
 
 
-def exported(config, folder, command="python jobs/pretrain.py tiny"):
+def exported(config, folder, command="python jobs/pretrain.py tiny", scores=None):
     """Exports an untrained model as that of a run to folder/out, and returns its card."""
     config = replace(config, name="trial", storage=str(folder / "runs"))
     save_model(config.folder / "model", MultimodalModel(config).state_dict(), config)
     (config.folder / "config.json").write_text(json.dumps(to_dict(config)))
     (config.folder / "run.json").write_text(json.dumps({"command": command}))
+    if scores:
+        (config.folder / "evaluation.json").write_text(json.dumps(scores))
     export(config.folder, folder / "out")
     return (folder / "out" / "README.md").read_text()
 
@@ -233,3 +235,19 @@ def test_the_card_of_a_fine_tuned_model_names_its_fields_and_no_folder(tmp_path)
         assert "Tells values of instrument, type, meter, mode, pace apart by audio" in card
         for absent in ("alice", "secret", "space of", "contrastive", "over", "Sentences"):
             assert absent not in card, absent
+
+
+def test_the_card_has_scores_of_heads_and_of_tags_and_dashes_where_there_are_none(tmp_path):
+    (config,) = small_configs("muser_audio_only")
+    said = {"accuracy": 0.75, "macro_f1": None, "chance": 0.5}
+    scores = {
+        "rows": 9,
+        "retrieval": {},
+        "zero_shot": {},
+        "tagging": {"tags": {"audio": {"roc_auc": 0.625, "pr_auc": 0.25, "chance_pr_auc": 0.125}}},
+        "probes": {"mode": {"audio": {"head": said}}},
+    }
+    card = exported(config, tmp_path, scores=scores)
+    assert "| mode by audio, head | 0.750 | – | 0.500 |" in card
+    assert "| tags by audio | 0.625 | 0.250 | 0.125 |" in card
+    assert "| retrieval |" not in card
