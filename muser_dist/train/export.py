@@ -45,7 +45,7 @@ def export(run: Path, out: Path, force: bool = False) -> str:
 
     Raises:
         CheckpointError: `run` is no run, has neither an exported model nor an intact checkpoint; or `out` is not
-            empty.
+            empty, or a run's own folder.
     """
     try:
         config = from_dict(json.loads((run / "config.json").read_text()), str(run / "config.json"))
@@ -56,6 +56,8 @@ def export(run: Path, out: Path, force: bool = False) -> str:
         config = replace(config, storage=str(run.absolute().parent), name=run.absolute().name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise CheckpointError(f"{out} is not empty; give another --out, or --force to replace what is in it")
+    if (out / "run.json").exists():
+        raise CheckpointError(f"{out} is a run's folder, which needs its own config.json; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=out.absolute().parent) as folder:
         made = Path(folder) / "model"

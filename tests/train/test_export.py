@@ -130,6 +130,10 @@ def test_what_is_there_is_replaced_by_force_alone(run, tmp_path):
     assert "Licence" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match="is no run's folder"):
         export(tmp_path, tmp_path / "other")
+    before = (run.folder / "config.json").read_text()
+    with pytest.raises(CheckpointError, match="is a run's folder"):
+        export(run.folder, run.folder, force=True)
+    assert (run.folder / "config.json").read_text() == before
 
 
 def make_tokenizer(folder):
