@@ -18,15 +18,20 @@ from pathlib import Path
 
 from muser_dist.cli import main, train_job
 from muser_dist.config import MODALITIES
+from muser_dist.errors import require
 
 
 def job(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if arguments else 2)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tower", choices=MODALITIES)
     options, rest = parser.parse_known_args(arguments)
+    if not arguments or rest[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit(0 if arguments else 2)
+    require(
+        bool(rest) and not rest[0].startswith("-"),
+        "the first argument must be a run's folder or a recipe: python jobs/finetune.py runs/NAME --data.classes genre",
+    )
     from muser_dist.recipes.finetune import finetune  # after the options: importing torch takes seconds
 
     folder = Path(rest[0])
