@@ -24,6 +24,7 @@ from muser_dist.cli import main
 from muser_dist.config import TrainConfig
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import ClusterError, ConfigError
+from muser_dist.files import check_file
 from probe import Nodes
 
 GIGABIT = 0.125
@@ -68,6 +69,7 @@ def job(arguments: list[str]) -> None:
     options = tyro.cli(Preflight, args=arguments, prog="cluster/preflight.py", description=__doc__)
     if not options.storage.is_absolute():
         raise ConfigError(f"--storage: {options.storage} is a relative path; each node would look for it elsewhere")
+    check_file(options.json, "--json")
     connect(options.address, options.timeout)
     nodes = Nodes(options.timeout)
     findings = []

@@ -87,7 +87,10 @@ def job(arguments: list[str]) -> None:
     from muser_dist.evaluate.evaluator import Probing, score
     from muser_dist.evaluate.external import External, load_model
     from muser_dist.evaluate.summary import describe
+    from muser_dist.files import check_file
 
+    for path, option in ((options.json, "--json"), (options.html, "--html"), (options.per_row, "--per-row")):
+        check_file(path, option)
     if options.seeds == 1:
         raise ConfigError("--seeds 1 gives no interval; give 2 or more, or 0 for no few-shot curves")
     other = load_rows(options.against) if options.against else None  # before the work, for its errors

@@ -1,10 +1,12 @@
 """Files that are either whole or not there, for a run may die while it writes; and folders of one job at a time."""
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
@@ -17,6 +19,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Makes the folder of a file that is written when the work is done: what is wrong with it shows before the work.
+
+    Args:
+        path: where it will be; None where nobody asked for it.
+        option: that names it, for errors.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write {path} ({error.strerror}); give another file") from None
 
 
 def files_in(root: str | Path) -> Iterator[str]:

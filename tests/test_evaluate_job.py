@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from muser_dist.errors import MuserError
+from muser_dist.errors import ConfigError, MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
 from tests.shardmaker import write_shards
@@ -43,7 +43,8 @@ def test_two_models_are_scored_and_compared(model, tmp_path, capsys, monkeypatch
     val, train = write_shards(tmp_path, [16], "val"), write_shards(tmp_path, [20], "train")
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
-    rows, numbers, page = (tmp_path / name for name in ("a.npz", "scores.json", "scores.html"))
+    out = tmp_path / "made" / "when missing"
+    rows, numbers, page = (out / name for name in ("a.npz", "scores.json", "scores.html"))
     common = ["--val", val, "--train", train, "--fields", "instrument", "--probes", "linear"]
     job([str(model), *common, "--seeds", "2", "--json", str(numbers), "--html", str(page), "--per-row", str(rows)])
     shown = capsys.readouterr()
@@ -78,3 +79,13 @@ def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path, monkeypatch):
     ):
         with pytest.raises(MuserError, match=said):
             job(arguments)
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--per-row"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(model, tmp_path, option):
+    val = write_shards(tmp_path, [4], "val")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "scores"):
+        with pytest.raises(ConfigError, match=f"{option}: cannot write {path} .*give another file"):
+            job([str(model), "--val", val, option, str(path), "--keep", str(tmp_path / "kept")])
+    assert not (tmp_path / "kept").exists()
