@@ -76,6 +76,8 @@ def test_mistakes_are_one_line_that_says_the_mend(model, tmp_path, monkeypatch):
         ([str(model), "--val", val, "--templates", "no field"], "--templates: 'no field' names no field"),
         (["mine_too:load", "--weights", "w", "--val", val, "--train", val], "give --probe-on joint"),
         ([str(model), "--val", val, "--seeds", "1"], "--seeds 1 gives no interval"),
+        ([str(model), "--val", val, "--device", "cuda:99"], "--device cuda:99 cannot be used here .*give --device cpu"),
+        ([str(model), "--val", val, "--device", "gpu"], "--device gpu cannot be used here .*give --device cpu"),
     ):
         with pytest.raises(MuserError, match=said):
             job(arguments)

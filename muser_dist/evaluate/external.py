@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from muser_dist.config import (
     DataConfig,
@@ -42,8 +43,13 @@ def load_model(name: str, weights: str | None = None, device: str = "cpu") -> tu
 
     Raises:
         CheckpointError: the folder holds no model.
-        ConfigError: there is no such function, or what it returns lacks something.
+        ConfigError: there is no such device; no such function, or what it returns lacks something.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no driver, no such number; torch without CUDA
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise ConfigError(f"--device {device} cannot be used here ({reason}); give --device cpu") from None
     if name not in EXTERNAL and (Path(name).exists() or ":" not in name):
         require(weights is None, f"--weights is for models of others; {name} is one of ours, which has its own")
         muser = Muser.from_pretrained(name, device)

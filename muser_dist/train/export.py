@@ -17,7 +17,7 @@ from muser_dist.config import RunConfig, from_dict
 from muser_dist.data.config import read_label_values
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, redact
-from muser_dist.errors import CheckpointError
+from muser_dist.errors import CheckpointError, ConfigError
 from muser_dist.evaluate.formats import share
 from muser_dist.evaluate.summary import by_field
 from muser_dist.files import write_whole
@@ -50,7 +50,7 @@ def export(run: Path, out: Path, force: bool = False) -> str:
     try:
         config = from_dict(json.loads((run / "config.json").read_text()), str(run / "config.json"))
         record = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ConfigError) as error:  # an exported model has a config.json too, of another form
         raise CheckpointError(f"{run} is no run's folder ({error}); give the one that jobs/pretrain.py made") from None
     if not config.train.checkpoint_storage:  # the folder may have been moved
         config = replace(config, storage=str(run.absolute().parent), name=run.absolute().name)
