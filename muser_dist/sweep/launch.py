@@ -15,7 +15,7 @@ from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
 from muser_dist.config import RunConfig, to_dict
-from muser_dist.errors import ClusterError
+from muser_dist.errors import ClusterError, MuserError
 from muser_dist.files import alone_in
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.following import Following
@@ -59,6 +59,11 @@ def _sweep(recipe: str, planned: Planned, options: SweepConfig, command: list[st
         _run(planned, options, command)
     page = write_results(recipe, planned, options, command)
     print(f"\n{describe(recipe, planned, options)}\nPage    {page}", flush=True)
+    if not record.ranked():
+        raise MuserError(
+            f"no trial of the sweep was finished; {page} says why of each. Mend it and give the same command again, "
+            "which tries those that failed; where all diverged, give another --space or another --train.lr"
+        )
     return record.folder
 
 

@@ -1,14 +1,16 @@
 """Where trials come from, and how a sweep goes on after its driver has died."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
 
-from muser_dist.errors import CheckpointError, ConfigError, DataError
+from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.files import alone_in
+from muser_dist.sweep import launch
 from muser_dist.sweep.launch import asha, sweep
 from muser_dist.sweep.plan import plan
 from muser_dist.sweep.record import RECORD, Record
@@ -43,6 +45,23 @@ def test_two_drivers_do_not_run_one_sweep(tmp_path):
     fill(other, plan_of(tmp_path).points.found)
     record.load()  # another driver came and went between this one's checks and its lock
     assert [trial.number for trial in record.trials] == [trial.number for trial in other.trials]
+
+
+@pytest.mark.parametrize("state", ["failed", "diverged", "finished"])
+def test_a_sweep_that_finished_nothing_is_an_error_behind_its_page(tmp_path, monkeypatch, state):
+    def over(planned, options, command):
+        for number in range(planned.total):
+            trial = planned.record.add(planned.source.propose(number))
+            trial.state, trial.error = state, "no memory"
+            trial.curve = [(144, 0.5)]
+
+    monkeypatch.setattr(launch, "_run", over)
+    base, options = base_of(tmp_path), options_of(tmp_path, trials=2)
+    with (
+        nullcontext() if state == "finished" else pytest.raises(MuserError, match="no trial of the sweep was finished")
+    ):
+        sweep("tests.small:small_config", base, options, ["test"])
+    assert len(list((tmp_path / "runs").glob("*/sweep.html"))) == 1
 
 
 def test_trials_that_are_over_are_not_repeated_and_the_others_come_first(tmp_path):
