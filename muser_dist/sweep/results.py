@@ -20,7 +20,7 @@ from muser_dist.sweep.charts import draw_charts
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.plan import Planned, config_of
 from muser_dist.sweep.record import Trial
-from muser_dist.sweep.space import named
+from muser_dist.sweep.space import apply, named
 
 PAGE, TABLE, HPARAMS = "sweep.html", "sweep.parquet", "hparams"
 
@@ -38,6 +38,7 @@ def write_results(recipe: str, planned: Planned, options: SweepConfig, command: 
     pa.parquet.write_table(table(record.trials), folder / TABLE)
     _write_hparams(record.trials, options.metric, folder / HPARAMS)
     ranked = record.ranked()
+    best = ranked[0] if ranked else None
     order = [*ranked, *(trial for trial in record.trials if trial not in ranked)]
     html = page(
         "sweep/sweep.html.j2",
@@ -49,9 +50,9 @@ def write_results(recipe: str, planned: Planned, options: SweepConfig, command: 
             for state in ("finished", "stopped", "diverged", "failed", "running", "waiting")
             if (count := sum(trial.state == state for trial in record.trials))
         },
-        best=ranked[0] if ranked else None,
-        best_command=command_of(recipe, config_of(planned.base, ranked[0])) if ranked else "",
-        best_folder=str(config_of(planned.base, ranked[0]).folder) if ranked else "",
+        best=best,
+        best_command=command_of(recipe, apply(planned.base, best.overrides)) if best else "",
+        best_folder=str(config_of(planned.base, best).folder) if best else "",
         charts=draw_charts(planned.space, record, options.metric),
         fields=list(planned.space),
         trials=[
@@ -95,15 +96,20 @@ def table(trials: list[Trial]) -> pa.Table:
     return pa.table(columns)
 
 
+_OF_SWEEP = ("name", "evaluate.every_samples")
+"""What trials have for the sweep's sake: a run by itself has its own name, and scores when it ends."""
+
+
 def command_of(recipe: str, config: RunConfig) -> str:
-    """The command line that trains a config: the recipe with what is different from it.
+    """The command line that trains a config: the recipe with what differs from it, where and with what it runs too.
 
     What no option says (a part that the recipe lacks, or has in its place, lists of parts) follows as a comment.
     """
     given, own = dict(leaves(to_dict(config))), dict(leaves(to_dict(load_recipe(recipe))))
     words, pairs, beyond = ["python", "jobs/pretrain.py", recipe], list[str](), list[str]()
     for name, value in given.items():
-        if name == "name" or name in OPERATIONAL or (name in own and own[name] == value):
+        same = name in own and own[name] == value
+        if name in _OF_SWEEP or same or (name in OPERATIONAL and name not in own):
             continue
         option, dashed = name.partition(".options.")[2], f"--{name.replace('_', '-')}"
         if name.startswith("objective.options.") and not any(key.startswith("objective.options.") for key in own):
@@ -136,9 +142,10 @@ def describe(recipe: str, planned: Planned, options: SweepConfig) -> str:
             lines.append(f"{trial.state:>9}  trial {trial.name}  {named(trial.overrides)}: {trial.error}")
     if not ranked:
         return "\n".join(["No trial was finished; there is no best one.", *lines])
-    best = config_of(planned.base, ranked[0])
+    best = ranked[0]
     head = f"{options.metric} ({'less' if planned.record.lower else 'more'} is better), the best finished trials:"
-    return "\n".join([head, *lines, "", f"Best    {best.folder}", f"Again   {command_of(recipe, best)}"])
+    folder, again = config_of(planned.base, best).folder, command_of(recipe, apply(planned.base, best.overrides))
+    return "\n".join([head, *lines, "", f"Best    {folder}", f"Again   {again}"])
 
 
 def _write_hparams(trials: list[Trial], metric: str, folder: Path) -> None:

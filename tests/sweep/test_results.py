@@ -1,6 +1,8 @@
 """The page and the tables of a sweep, from a record with trials in every state."""
 
 import math
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,11 +10,12 @@ import pytest
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from muser_dist.cli import parse_runs
 from muser_dist.sweep.charts import by_leading_dims, by_value, place
-from muser_dist.sweep.plan import config_of, plan
+from muser_dist.sweep.plan import plan
 from muser_dist.sweep.record import Trial
 from muser_dist.sweep.results import HPARAMS, TABLE, command_of, describe, table, write_results
-from muser_dist.sweep.space import Choice, Range
+from muser_dist.sweep.space import Choice, Range, apply
 from tests.sweep.cases import base_of, fill, options_of
 
 RECIPE = "tests.small:small_config"
@@ -28,7 +31,7 @@ def planned(tmp_path):
 def test_the_page_shows_every_trial_and_the_best_command(planned, tmp_path):
     page = write_results(RECIPE, planned, options_of(tmp_path), ["python", "jobs/sweep.py", "<script>"]).read_text()
     best = planned.record.ranked()[0]
-    command = command_of(RECIPE, config_of(planned.base, best))
+    command = command_of(RECIPE, apply(planned.base, best.overrides))
     assert command.replace("'", "&#39;") in page
     assert "Trials: 3 finished, 1 stopped, 1 diverged, 1 failed, 1 running." in page
     assert "the loss is &lt;not&gt; finite" in page and "<script>" not in page
@@ -37,6 +40,21 @@ def test_the_page_shows_every_trial_and_the_best_command(planned, tmp_path):
     rows = page[page.index("<tbody>") :]
     numbers = [trial.name for trial in planned.record.ranked()]
     assert [rows.index(f"<th>{name}</th>") for name in numbers] == sorted(rows.index(f"<th>{n}</th>") for n in numbers)
+
+
+def test_the_best_run_again_is_where_and_with_what_the_sweep_was(tmp_path):
+    base, access = base_of(tmp_path, workers=2, cpus_per_worker=0.5, resource="trainer"), tmp_path / "access.json"
+    access.write_text("{}")
+    base = replace(base, data=replace(base.data, storage_options=str(access)), storage=str(tmp_path / "shared"))
+    options = options_of(tmp_path, trials=7)
+    planned = plan("small", base, options)
+    fill(planned.record, planned.source.points.found)
+    text = describe(RECIPE, planned, options)
+    (again,) = parse_runs(shlex.split(text.partition("\nAgain ")[2])[2:], "jobs/pretrain.py")
+    assert again.folder.parent == tmp_path / "shared" and again.data.storage_options == str(access)
+    assert (again.train.workers, again.train.cpus_per_worker, again.train.resource) == (2, 0.5, "trainer")
+    assert again.data.cache_folder == base.data.cache_folder and again.evaluate.every_samples == 0
+    assert again.model.projection_dim == planned.record.ranked()[0].overrides["model.projection_dim"]
 
 
 def test_a_sweep_without_a_finished_trial_has_a_page_too(planned, tmp_path):

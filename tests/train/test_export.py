@@ -130,7 +130,7 @@ def test_what_is_there_is_replaced_by_force_alone(run, tmp_path):
     assert "Licence" in (out / "README.md").read_text()
     with pytest.raises(CheckpointError, match="is no run's folder"):
         export(tmp_path, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is no run's folder .*give the one that jobs/pretrain"):
+    with pytest.raises(CheckpointError, match=r"is no run's folder .*give the one that jobs/pretrain"):
         export(out, tmp_path / "other")  # an exported model
     before = (run.folder / "config.json").read_text()
     with pytest.raises(CheckpointError, match="is a run's folder"):
