@@ -6,18 +6,19 @@ import os
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 
+from muser_dist.cli import Progress
 from muser_dist.config import OPERATIONAL, RunConfig, leaves, to_dict
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
-from muser_dist.errors import require
+from muser_dist.errors import ConfigError, require
 from muser_dist.evaluate.evaluator import skipped_fields
 from muser_dist.evaluate.validation import CLASSES, TAGS, lower_is_better, score_names
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.record import Record, Trial
 from muser_dist.sweep.search import Optuna, Plan
-from muser_dist.sweep.space import Space, apply, check_space, draws, load_space, named
+from muser_dist.sweep.space import Check, Space, apply, check_space, draws, load_space, named
 from muser_dist.train.dry_run import dry_run
-from muser_dist.train.preflight import VAL, check_settings, find_shards
+from muser_dist.train.preflight import VAL, check_model, check_settings, find_shards
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
         f"metric: there is no {options.metric!r}{f'; did you mean {near[0]}?' if near else '.'} There are "
         f"{', '.join(names)}",
     )
-    check_settings(base)
+    check = check_once()
+    check(base)
     storage = Storage.of(base.data)
     shards = find_shards(base, storage)
     score = options.metric.partition("/")[0].removeprefix("val_")
@@ -97,11 +99,32 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
     lower = lower_is_better(options.metric)
     record = Record(base.folder, definition, lower)
     if options.search == "optuna":
-        return Planned(base, space, record, Optuna(space, base, options, check_settings, lower))
-    source = Plan(space, base, options, check_settings)
+        return Planned(base, space, record, Optuna(space, base, options, check, lower))
+    source = Plan(space, base, options, check, Progress("valid points", every=2.0))
     if source.points.refused:
         print(f"{source.points.refused} points of the space are left out; the first: {source.points.first}", flush=True)
     return Planned(base, space, record, source)
+
+
+def check_once() -> Check:
+    """`check_settings` that tries a model once, however many points have it: a large one takes a minute."""
+    tried: dict[str, int | ConfigError] = {}
+
+    def try_model(config: RunConfig) -> int:
+        values = to_dict(config)
+        del values["objective"]["temperature"]  # which no tower sees
+        key = json.dumps([values["model"], values["data"], values["objective"], config.train.precision])
+        if key not in tried:
+            try:
+                tried[key] = check_model(config)
+            except ConfigError as error:
+                tried[key] = error
+        found = tried[key]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
+
+    return lambda config: check_settings(config, try_model)
 
 
 _LENGTHS = ("train", "train.samples", "train.global_batch")

@@ -31,6 +31,14 @@ Overrides = dict[str, Any]
 Check = Callable[[RunConfig], object]
 """Raises MuserError where a config cannot work."""
 
+Progress = Callable[[int, int, str], None]
+"""Takes how many points are found, how many are wanted, and how many were left out, in words."""
+
+
+def silent(found: int, wanted: int, note: str) -> None:
+    """The progress that nobody sees."""
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "temperature": {
         "objective.temperature.init": {"log_uniform": [0.01, 1.0]},
@@ -207,7 +215,9 @@ class Points:
     first: str
 
 
-def draws(space: Space, base: RunConfig, count: int, check: Check = lambda config: None) -> Points:
+def draws(
+    space: Space, base: RunConfig, count: int, check: Check = lambda config: None, progress: Progress = silent
+) -> Points:
     """Random points; fewer than asked for where there are not so many.
 
     The seed is the base's, and the first points do not depend on how many are asked for.
@@ -217,16 +227,17 @@ def draws(space: Space, base: RunConfig, count: int, check: Check = lambda confi
         base: the values of all other fields.
         count: of points.
         check: raises MuserError where a config cannot work.
+        progress: called before each point is checked, and behind the last.
 
     Raises:
         ConfigError: none of many is valid; the message is that of the first.
     """
     rng = np.random.default_rng(base.seed)
     endless = ({field: dimension.draw(rng) for field, dimension in space.items()} for _ in iter(int, 1))
-    return _valid(endless, base, check, count, _TRIES)
+    return _valid(endless, base, check, progress, count, _TRIES)
 
 
-def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> Points:
+def grid(space: Space, base: RunConfig, check: Check = lambda config: None, progress: Progress = silent) -> Points:
     """All combinations.
 
     Raises:
@@ -240,7 +251,7 @@ def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> P
     )
     combinations = list(product(*(dimension.points() for dimension in space.values())))
     named_ones = (dict(zip(space, values, strict=True)) for values in combinations)
-    points = _valid(named_ones, base, check, len(combinations), len(combinations))
+    points = _valid(named_ones, base, check, progress, len(combinations), len(combinations))
     for field, dimension in space.items():
         for value in dimension.points():
             if all(point[field] != value for point in points.found):
@@ -248,7 +259,9 @@ def grid(space: Space, base: RunConfig, check: Check = lambda config: None) -> P
     return points
 
 
-def _valid(candidates: Iterable[Overrides], base: RunConfig, check: Check, count: int, tries: int) -> Points:
+def _valid(
+    candidates: Iterable[Overrides], base: RunConfig, check: Check, progress: Progress, count: int, tries: int
+) -> Points:
     """The first `count` valid ones, until so many candidates in a row have brought no new one."""
     found: list[Overrides] = []
     first, vain = "", 0
@@ -256,6 +269,8 @@ def _valid(candidates: Iterable[Overrides], base: RunConfig, check: Check, count
     for overrides in candidates:
         vain += 1
         if (text := named(overrides)) not in tried:
+            left_out = len(tried) - len(found)
+            progress(len(found), count, f"{left_out:,} left out" if left_out else "")
             tried.add(text)
             try:
                 check(apply(base, overrides))
@@ -266,6 +281,7 @@ def _valid(candidates: Iterable[Overrides], base: RunConfig, check: Check, count
         if len(found) == count or vain == tries:
             break
     refused = len(tried) - len(found)
+    progress(len(found), len(found), f"{refused:,} left out" if refused else "")
     if not found:
         raise ConfigError(f"space: no config satisfies it; the first of {refused} that were tried: {first}")
     return Points(found, refused, first)

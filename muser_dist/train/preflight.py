@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,8 +37,12 @@ from muser_dist.train.trackers import check_trackers
 _TRIED_PARAMETERS = 300_000_000
 
 
-def check_settings(config: RunConfig) -> int:
+def check_settings(config: RunConfig, try_model: Callable[[RunConfig], int] | None = None) -> int:
     """Checks what can be checked without looking at the data; returns the number of parameters.
+
+    Args:
+        config: the run's.
+        try_model: in place of `check_model`.
 
     Raises:
         ConfigError: two settings contradict each other, or one cannot work.
@@ -81,7 +86,7 @@ def check_settings(config: RunConfig) -> int:
         raise ConfigError(
             "no training data: give --data.train 'FOLDER/train-*.tar' (`python jobs/make_shards.py demo` makes some)"
         )
-    return check_model(config)
+    return (try_model or check_model)(config)
 
 
 def check_paths(config: RunConfig) -> None:

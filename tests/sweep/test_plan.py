@@ -69,6 +69,29 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_towers_are_tried_once_for_all_points_that_share_them(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def look(config):
+        tried.append(config.model.projection_dim)
+        if config.model.projection_dim == 4:
+            raise ConfigError("too small")
+        return 1
+
+    monkeypatch.setattr("muser_dist.sweep.plan.check_model", look)
+    space = {
+        "objective.temperature.init": {"log_uniform": [0.02, 1.0]},
+        "train.lr": {"choice": [0.1, 0.2]},
+        "model.projection_dim": {"choice": [16, 32, 4]},
+    }
+    with pytest.raises(ConfigError, match=r"no config with model\.projection_dim 4 is valid: too small"):
+        plan("small", base_of(tmp_path), options_of(tmp_path, space, search="grid"))
+    assert tried == [small_config().model.projection_dim, 16, 32, 4]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "0 of 30 valid points" and told[-1].startswith("20 of 20 valid points")
+    assert told[-1].endswith("10 left out")
+
+
 def test_the_same_command_is_the_same_sweep_and_another_space_another(tmp_path):
     base, options = base_of(tmp_path), options_of(tmp_path)
     name = plan("small", base, options).base.name
