@@ -9,7 +9,6 @@ at a time as --processes. What is done lies in --work: the same command goes on.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from clamp_table_page import page
 from clamp_table_run import header_copy, pretrain, run
 from muser_table_run import compared, without_classes
 from record import provenance, write
-from runs import start
+from runs import commits, scores_of, start
 
 from muser_dist.config import EvaluateConfig, PairConfig, RunConfig, Stages
 from muser_dist.recipes import find_recipe
@@ -47,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         (variant, seed) for variant in (M3, UNTRAINED, *VARIANTS) for seed in seeds if seed == 0 or variant in SEEDED
     ]
     after = {(variant, seed): (FROM[variant], seed) for variant, seed in runs if variant in FROM}
-    start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
+    folders = {job: folder_of(options, *job) for job in runs}
+    configs = {job: config_of(options, *job) for job in runs}
+    start(__file__, options.given, folders, configs, options.processes, after)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/clamp_table.py", words, ("torch", "transformers", "scikit-learn", "numpy", "mido"))
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["rows"] += [
         _scores(options, variant, seed) for variant in VARIANTS for seed in seeds if seed == 0 or variant in SEEDED
     ]
+    results["runs_made_at"] = commits([*results["pretraining"], *results["rows"]])
     results["header_copy"] = header_copy(config_of(options, UNTRAINED, 0))
     results["comparison"] = compared(
         [folder_of(options, WITH, seed), folder_of(options, WITHOUT, seed)] for seed in seeds
@@ -129,7 +131,7 @@ def config_of(options: argparse.Namespace, variant: str, seed: int) -> RunConfig
 
 
 def _scores(options: argparse.Namespace, variant: str, seed: int) -> dict:
-    return without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
+    return without_classes(scores_of(folder_of(options, variant, seed)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from muser_table_run import EMBEDDINGS
 from plain import train
+from runs import origin, write_scores
 
 from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import evaluation_chunks
@@ -30,24 +31,25 @@ from muser_dist.muser import Muser, save_model
 
 def pretrain(config: RunConfig, folder: Path) -> None:
     """Leaves the model and scores.json, with the curve of the loss, in the folder."""
-    start = time.monotonic()
+    start, made = time.monotonic(), origin(config)
     model, config, curve = _train(config)
     save_model(folder / "model", model.state_dict(), config)
     seconds = round(time.monotonic() - start, 1)
-    (folder / "scores.json").write_text(json.dumps({"seed": config.seed, "seconds": seconds, "curve": curve}))
+    scores = {"seed": config.seed, "seconds": seconds, "curve": curve}
+    (folder / "scores.json").write_text(json.dumps(scores | made))
 
 
 def run(config: RunConfig, variant: str, folder: Path, trained: bool) -> None:
     """Leaves the model, its curve, embeddings, scores.json and rows.npz in the folder."""
     torch.set_num_threads(1)
-    known = folder / "training.json"
+    known, made = folder / "training.json", origin(config)
     if not known.exists():
         start, curve, model = time.monotonic(), [], MultimodalModel(config)
         if trained:
             model, config, curve = _train(config)
         save_model(folder / "model", model.state_dict(), config)
         about = {"recipe": variant, "seed": config.seed, "seconds": round(time.monotonic() - start, 1), "curve": curve}
-        known.write_text(json.dumps(about))
+        known.write_text(json.dumps(about | made))
     muser = Muser.from_pretrained(folder)
     train_set, test_set = _indices(config)
     storage = Storage.of(config.data)
@@ -56,7 +58,7 @@ def run(config: RunConfig, variant: str, folder: Path, trained: bool) -> None:
     scores = score(muser, config, test, fitted, Probing(on="tower", kinds=("linear",), seeds=0), per_row)
     save_rows(folder / "rows.npz", per_row)
     Embedded.join([fitted, test]).save(folder / EMBEDDINGS)
-    (folder / "scores.json").write_text(json.dumps(json.loads(known.read_text()) | scores))
+    write_scores(folder, scores)
 
 
 def _train(config: RunConfig) -> tuple[MultimodalModel, RunConfig, list[dict[str, float]]]:

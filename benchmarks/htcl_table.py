@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from htcl_table_page import page
 from muser_table_run import EMBEDDINGS, compared, run, without_classes
 from record import provenance, say, write
-from runs import start
+from runs import commits, scores_of, start
 
 from muser_dist.config import EvaluateConfig, RunConfig, Stages
 from muser_dist.data.corpora.listeners import LOG, SIMULATED, TRUTH
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [(variant, seed) for seed in seeds for variant in _variants(seed)]
     runs.sort(key=lambda job: job[0] != STAGE_1)  # and then seed by seed, so that none waits for what runs last
     after = {(variant, seed): (STAGE_1, seed) for variant, seed in runs if variant != STAGE_1}
-    start(__file__, options.given, {job: folder_of(options, *job) for job in runs}, options.processes, after)
+    folders = {job: folder_of(options, *job) for job in runs}
+    configs = {job: config_of(options, *job) for job in runs}
+    start(__file__, options.given, folders, configs, options.processes, after)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/htcl_table.py", words, ("torch", "transformers", "implicit", "numpy"))
@@ -66,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results |= {"global_batch": options.global_batch}
     results["mining"] = json.loads((options.work / "pairs" / "summary.json").read_text())
     results["rows"] = [
-        without_classes(json.loads((folder_of(options, variant, seed) / "scores.json").read_text()))
-        for variant, seed in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
+        without_classes(scores_of(folders[job])) for job in sorted(runs, key=lambda job: VARIANTS.index(job[0]))
     ]
+    results["runs_made_at"] = commits(results["rows"])
     results["comparison"] = compared(
         [folder_of(options, STAGE_2, seed), folder_of(options, STAGE_1, seed)] for seed in seeds
     )

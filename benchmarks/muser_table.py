@@ -17,7 +17,7 @@ from pathlib import Path
 from muser_table_page import page
 from muser_table_run import compared, run, without_classes
 from record import provenance, write
-from runs import start
+from runs import commits, scores_of, start
 
 from muser_dist.config import EvaluateConfig, RunConfig, TowerConfig
 from muser_dist.recipes import load_recipe
@@ -54,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [(UNTRAINED, 0)]
     for number in range(options.seeds):
         jobs += [(recipe, number) for recipe in options.recipes if number < SEEDS[recipe]]
-    start(__file__, options.given, {job: folder_of(options, *job) for job in jobs}, options.processes)
+    folders = {job: folder_of(options, *job) for job in jobs}
+    configs = {job: config_of(options, *job) for job in jobs}
+    start(__file__, options.given, folders, configs, options.processes)
     given = sys.argv[1:] if argv is None else argv
     words = [word.replace(str(options.data), "$PDTUNES").replace(str(options.work), "$WORK") for word in given]
     results = provenance("benchmarks/muser_table.py", words, ("torch", "transformers", "timm", "scikit-learn", "numpy"))
     results |= {"gpu": None, "samples": options.samples, "global_batch": options.global_batch}
-    results["rows"] = [
-        without_classes(json.loads((folder_of(options, *job) / "scores.json").read_text())) for job in jobs
-    ]
+    results["rows"] = [without_classes(scores_of(folder)) for folder in folders.values()]
+    results["runs_made_at"] = commits(results["rows"])
     results["floor"] = without_classes(json.loads((folder_of(options, UNTRAINED, 0) / "floor.json").read_text()))
     results["comparison"] = compared(
         [folder_of(options, "muser", seed), folder_of(options, "muser_audio_text", seed)]

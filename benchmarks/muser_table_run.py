@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from plain import train
+from runs import origin, write_scores
 
 from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import evaluation_chunks
@@ -40,14 +41,14 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
             left = (time.monotonic() - start) / step * (config.train.steps - step)
             print(f"step {step}/{config.train.steps}  {figures}  ETA {left:.0f} s", file=sys.stderr, flush=True)
 
-    known = folder / "training.json"
+    known, made = folder / "training.json", origin(config)
     if not known.exists():
         model = MultimodalModel(config)
         if recipe != "untrained":
             model, config = train(config, watch)
         save_model(folder / "model", model.state_dict(), config)
         about = {"recipe": recipe, "seed": config.seed, "seconds": round(time.monotonic() - start, 1), "curve": curve}
-        known.write_text(json.dumps(about))
+        known.write_text(json.dumps(about | made))
     muser = Muser.from_pretrained(folder)
 
     storage = Storage.of(config.data)
@@ -65,7 +66,7 @@ def run(config: RunConfig, recipe: str, folder: Path) -> None:
     Embedded.join([fitted, test]).save(folder / EMBEDDINGS)
     if recipe == "untrained":
         (folder / "floor.json").write_text(json.dumps(floor(config, val_index, train_index, storage)))
-    (folder / "scores.json").write_text(json.dumps(json.loads(known.read_text()) | scores))
+    write_scores(folder, scores)
 
 
 def without_classes(scores: Any) -> Any:

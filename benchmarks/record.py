@@ -27,10 +27,15 @@ def provenance(script: str, arguments: list[str], packages: tuple[str, ...]) -> 
             continue
     return {
         "command": shlex.join(["python", script, *arguments]),
-        "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit(),
         "cpu": _cpu(),
         "versions": versions,
     }
+
+
+def commit() -> str:
+    """The commit that this code is of, with "+" where files have changed since."""
+    return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def write(path: Path, results: dict[str, Any], page: str) -> None:
@@ -47,11 +52,16 @@ def say(line: str) -> None:
 
 
 def head(title: str, results: dict[str, Any], name: str) -> str:
-    """How a page begins: where its numbers are and what they come from."""
+    """How a page begins: where its numbers are and what they come from.
+
+    Where results have "runs_made_at", the commits of runs that were kept, "commit" is where the page was drawn.
+    """
+    drawn, made = f"commit {results['commit']}", results.get("runs_made_at", [results["commit"]])
+    code = f"C{drawn[1:]}" if made == [results["commit"]] else f"Runs made at {', '.join(made)}; page drawn at {drawn}"
     machine = f"{results['gpu']}; {results['cpu']}" if results["gpu"] else results["cpu"]
     versions = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
     return (
-        f"# {title}\n\n`{name}` holds the numbers. Commit {results['commit']}, {machine}; {versions}. The command:\n\n"
+        f"# {title}\n\n`{name}` holds the numbers. {code}, {machine}; {versions}. The command:\n\n"
         f"```\n{results['command']}\n```"
     )
 
