@@ -11,6 +11,7 @@ import tyro
 from muser_dist.cli import Progress, main
 from muser_dist.data.config import DataConfig
 from muser_dist.errors import require
+from muser_dist.files import check_file
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def job(arguments: list[str]) -> None:
     require(len(options.shards) > 0, "the shards are missing; give a pattern such as 'DATA/train-*.tar'")
     require(options.batch >= 2, f"--batch is {options.batch}; a batch has at least 2 rows")
     require(options.rows is None or options.rows >= 1, f"--rows is {options.rows}; look at 1 row at least")
+    check_file(options.json, "--json")
     from muser_dist.data.catalogue import scan
     from muser_dist.data.inspection import inspect, leakage
     from muser_dist.data.storage import Storage
@@ -58,7 +60,6 @@ def job(arguments: list[str]) -> None:
         # Keys and values are other people's: they must not steer the terminal.
         print("".join(c if c.isprintable() else "�" for c in line))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2))
         print(f"written to {options.json}")
 
