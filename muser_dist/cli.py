@@ -139,7 +139,8 @@ def train_job(arguments: list[str], program: str, load: Load = recipe_start) -> 
     runs = parse_runs([argument for argument in arguments if argument not in _FLAGS], program, load)
     # After the options: importing torch takes seconds.
     from muser_dist.train.dry_run import dry_run
-    from muser_dist.train.launch import pretrain, pretrain_stages, print_chunk, print_digest
+    from muser_dist.train.launch import pretrain, print_chunk, print_digest
+    from muser_dist.train.stages import pretrain_stages
 
     if not any(flag in arguments for flag in _FLAGS):
         command = ["python", program, *arguments]

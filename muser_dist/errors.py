@@ -20,6 +20,10 @@ class UnreadError(DataError):
     """Storage does not give the bytes of what is open; it may later."""
 
 
+class ScoringError(DataError):
+    """The validation shards say nothing about a model that is trained and exported."""
+
+
 class ClusterError(MuserError):
     """The cluster cannot place what the run asks for."""
 

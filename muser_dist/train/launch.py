@@ -9,7 +9,6 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from muser_dist.data.pipeline import known_ids, plan_digest, training_reader
 from muser_dist.data.session import join
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
-from muser_dist.errors import ClusterError, DataError, MuserError
+from muser_dist.errors import ClusterError, DataError, MuserError, ScoringError
 from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.evaluate.summary import describe
@@ -49,7 +48,7 @@ from muser_dist.train.preflight import (
     load_partners,
     prepare_folder,
 )
-from muser_dist.train.runlog import METRICS, last_line, live_line
+from muser_dist.train.runlog import EVENTS, METRICS, last_line, live_line
 from muser_dist.train.store import CheckpointStore
 
 EVALUATION = "evaluation.json"
@@ -126,7 +125,8 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
         the run's folder.
 
     Raises:
-        MuserError: something is wrong that the user can mend; the message says what and how.
+        ScoringError: the model is there, and cannot be scored.
+        MuserError: something else is wrong that the user can mend; the message says what and how.
     """
     parameters = check_settings(config)
     storage = Storage.of(config.data)
@@ -155,32 +155,6 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
         train(config, reader)
     score(config, val_index, storage)
     return config.folder
-
-
-def pretrain_stages(runs: Sequence[RunConfig], command: list[str]) -> Path:
-    """Runs the stages of a recipe, each of which starts from the one before; those that are trained already, not again.
-
-    Args:
-        runs: of `Stages.chained`; what can be checked of all of them is checked before the first starts.
-        command: as of `pretrain`.
-
-    Returns:
-        the folder of all stages; in it, `model` is the last one's.
-
-    Raises:
-        MuserError: as `pretrain`.
-    """
-    for config in runs:
-        check_settings(config)
-        find_shards(config, Storage.of(config.data))
-    for number, config in enumerate(runs, 1):
-        print(f"\n=== Stage {number} of {len(runs)}: {config.name} ===", flush=True)
-        pretrain(config, command)
-    folder = Path(runs[-1].storage)
-    link = folder / MODEL
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(runs[-1].name) / MODEL)
-    return folder
 
 
 # --- Ray ---
@@ -339,15 +313,25 @@ def _last_line(error: Exception) -> str:
 
 
 def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None:
-    """Scores the exported model, draws the page, and prints where everything is."""
+    """Scores the exported model, draws the page, and prints where everything is.
+
+    Raises:
+        ScoringError: no row of data.val can be used.
+    """
     folder = config.folder
     if index is not None:
         start = time.monotonic()
         try:
             evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index, storage)
-        except DataError:
+        except DataError as error:
             write_report(folder)  # the training is worth its page, whatever is wrong with the scoring
-            raise
+            with (folder / EVENTS).open("a") as file:
+                event = {"time": time.time(), "event": "not scored", "step": config.train.steps, "error": str(error)}
+                file.write(json.dumps(event) + "\n")
+            raise ScoringError(
+                f"{folder / MODEL} is trained, but data.val does not score it: {error}\nOther shards do: "
+                f"python jobs/evaluate.py {folder} --val 'OTHER/val-*.tar'. The same command tries these again."
+            ) from None
         seconds = time.monotonic() - start
         write_whole(folder / EVALUATION, json.dumps({"data": list(config.data.val)} | evaluation, indent=2))
         print(f"\nScored {evaluation['rows']} rows of data.val in {seconds:.0f} s\n{describe(evaluation)}")

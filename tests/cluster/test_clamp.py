@@ -13,8 +13,8 @@ from muser_dist import Muser
 from muser_dist.config import ModelConfig, ObjectiveConfig, RunConfig, Stage, Stages
 from muser_dist.data.corpora.demo import compose
 from muser_dist.models.model import MultimodalModel
-from muser_dist.train.launch import pretrain_stages
 from muser_dist.train.runlog import QUARANTINE, read_lines
+from muser_dist.train.stages import pretrain_stages
 from tests.scores import M3, NOTATION, TEXT, abc, midi, piece, symbolic_config, write_scores
 from tests.shardmaker import write_shard
 from tests.small import small_config

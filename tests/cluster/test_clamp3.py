@@ -16,8 +16,8 @@ from muser_dist.data.shards import SIDECAR
 from muser_dist.errors import MuserError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.muser import save_model
-from muser_dist.train.launch import pretrain_stages
 from muser_dist.train.runlog import EVENTS, read_lines
+from muser_dist.train.stages import pretrain_stages
 from tests.cluster.plugins import arm
 from tests.recipes.test_clamp3 import NAMES, small_stages
 from tests.scores import abc

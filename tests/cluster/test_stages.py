@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from muser_dist import Muser
 from muser_dist.config import ObjectiveConfig, PairConfig, RunConfig, Stage, Stages
 from muser_dist.errors import MuserError
-from muser_dist.train.launch import pretrain_stages
 from muser_dist.train.runlog import EVENTS, read_lines
+from muser_dist.train.stages import pretrain_stages
 from tests.cluster.plugins import arm
 from tests.shardmaker import encode, tone
 from tests.small import small_config
