@@ -147,7 +147,7 @@ def train_job(arguments: list[str], program: str, load: Load = recipe_start) -> 
         pretrain_stages(runs, command) if len(runs) > 1 else pretrain(runs[0], command)
         return
     before = None
-    for config in runs:
+    for number, config in enumerate(runs, 1):
         if len(runs) > 1:
             print(f"Stage {config.name}:", flush=True)
         if "--dry-run" in arguments:
@@ -155,7 +155,7 @@ def train_job(arguments: list[str], program: str, load: Load = recipe_start) -> 
         elif "--digest" in arguments:
             print_digest(config)
         else:
-            print_chunk(config)
+            print_chunk(config, later=runs[number:])
         before = config
 
 

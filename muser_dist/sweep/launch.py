@@ -23,7 +23,7 @@ from muser_dist.sweep.plan import Planned, config_of, cpus_of_trial, grace_sampl
 from muser_dist.sweep.record import Record
 from muser_dist.sweep.results import describe, write_results
 from muser_dist.sweep.search import Trials, left
-from muser_dist.train.launch import connect
+from muser_dist.train.cluster import connect
 
 _TUNE = "tune"
 """Folder in the sweep's folder for Ray Tune's own files, which nothing reads again."""

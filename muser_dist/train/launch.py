@@ -1,17 +1,14 @@
 """From a config to a trained, scored model: preflight, Ray, the trainer, scores, the page."""
 
 import json
-import logging
 import math
-import os
 import signal
-import socket
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.data
@@ -20,19 +17,19 @@ import ray.train
 import ray.train.torch
 import torch
 
-from muser_dist.config import RunConfig, TrainConfig, to_dict
+from muser_dist.config import RunConfig, to_dict
 from muser_dist.data.chunks import ChunkReader
 from muser_dist.data.pipeline import known_ids, plan_digest, training_reader
-from muser_dist.data.session import join
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
-from muser_dist.errors import ClusterError, DataError, MuserError, ScoringError
+from muser_dist.errors import DataError, MuserError, ScoringError
 from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.evaluate.summary import describe
 from muser_dist.files import write_whole
 from muser_dist.models.weights import REPORT, as_json, report_weights
 from muser_dist.muser import Muser
+from muser_dist.train.cluster import connect
 from muser_dist.train.dealer import NOTHING, Dealer
 from muser_dist.train.export import example
 from muser_dist.train.find_chunk import find_chunk
@@ -83,15 +80,19 @@ def _print_digests(config: RunConfig, reader: ChunkReader) -> None:
             print(f"{plan_digest(reader, line['step'])} planned up to there")
 
 
-def print_chunk(config: RunConfig) -> None:
+def print_chunk(config: RunConfig, later: Sequence[RunConfig] = ()) -> None:
     """Prints the largest chunk that fits into the memory of a worker, tried where a worker would be.
+
+    Args:
+        config: the run.
+        later: as of `connect`.
 
     Raises:
         MuserError: none fits, or a step fails for another reason.
     """
     check_settings(config)
     config = replace(config, data=config.data.with_absolute_paths())
-    connect(config)
+    connect(config, later=later)
     train = config.train
 
     def tried() -> int:
@@ -114,12 +115,13 @@ def print_chunk(config: RunConfig) -> None:
     )
 
 
-def pretrain(config: RunConfig, command: list[str]) -> Path:
+def pretrain(config: RunConfig, command: list[str], later: Sequence[RunConfig] = ()) -> Path:
     """Runs a whole pretraining job: train (or go on), export, score, draw the page.
 
     Args:
         config: the run, with a name.
         command: the command line that asked for it, kept in run.json.
+        later: as of `connect`.
 
     Returns:
         the run's folder.
@@ -152,110 +154,26 @@ def pretrain(config: RunConfig, command: list[str]) -> Path:
     if (config.folder / MODEL / "config.json").exists():
         print("Already trained; nothing is trained again.", flush=True)
     else:
-        train(config, reader)
+        train(config, reader, later)
     score(config, val_index, storage)
     return config.folder
 
 
-# --- Ray ---
+# --- Training ---
 
 
-def connect(config: RunConfig, runs: int = 1, dashboard: bool = False) -> None:
-    """Joins the running cluster, or starts Ray on this machine; checks that workers and decoding fit.
+def train(config: RunConfig, reader: ChunkReader, later: Sequence[RunConfig] = ()) -> None:
+    """Trains from the run's last checkpoint, through worker deaths, to the exported model.
 
     Args:
-        config: a run.
-        runs: like it that are to go on at a time, where Ray is started here.
-        dashboard: whether it is started with its dashboard, which takes time that training could have.
-
-    Raises:
-        ClusterError: they do not fit; nothing was started in vain.
-    """
-    t, slots, (least, most) = config.train, config.data.decode_slots, config.train.worker_range
-    os.environ |= {name: value for name, value in watchfulness(t).items() if name not in os.environ}
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "auto")
-        quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}  # the live line says what matters
-        try:
-            if address == "local":
-                raise ConnectionError
-            join(address, **quiet)
-            print(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}", flush=True)
-        except ConnectionError:
-            if address not in ("auto", "local"):
-                raise ClusterError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there") from None
-            # By its port, or Ray's processes would ask whichever cluster of this machine they find first.
-            port = _free_port() if dashboard else None
-            if port:
-                os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-            # As many logical CPUs as are asked for, however few there are: two workers on two
-            # cores must leave a slot to decode, or the job would wait for itself.
-            ray.init(
-                "local",
-                num_cpus=math.ceil(runs * (most * t.cpus_per_worker + slots)),
-                resources={t.resource: runs * most} if t.resource else None,
-                include_dashboard=dashboard,
-                dashboard_port=port,
-                **quiet,
-            )
-            print(f"Started Ray on this machine: {runs * most} workers, {runs * slots} decoding slots", flush=True)
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), int(have.get("GPU", 0))
-    needed = least * t.cpus_per_worker
-    if t.gpu and gpus < least * t.gpu_share:
-        raise ClusterError(
-            f"train.workers is {t.workers}, but the cluster has {gpus} GPUs; lower it, or drop --train.gpu"
-        )
-    if t.resource and (there := int(have.get(t.resource, 0))) < least:
-        raise ClusterError(
-            f"train.workers is {t.workers}, but the cluster has {there} of the resource {t.resource!r} "
-            f"(train.resource); start nodes with --resources '{{\"{t.resource}\": N}}'"
-        )
-    if needed > cpus:
-        raise ClusterError(
-            f"{least} workers reserve {needed:g} CPUs, but the cluster has {cpus:g}; give fewer --train.workers, a "
-            f"smaller --train.cpus-per-worker, or more nodes (ray start --num-cpus N declares logical CPUs)"
-        )
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    if t.cpus_per_worker and sum(int(node // t.cpus_per_worker) for node in nodes) < least:
-        raise ClusterError(
-            f"{least} workers of {t.cpus_per_worker:g} CPUs do not fit on nodes of "
-            f"{', '.join(f'{node:g}' for node in nodes)} CPUs; lower --train.cpus-per-worker or --train.workers"
-        )
-    if needed + 1 > cpus:
-        raise ClusterError(
-            f"{least} workers reserve {needed:g} of the cluster's {cpus:g} CPUs, which leaves no slot to decode; "
-            f"start Ray with --num-cpus {int(needed) + slots} or more, or lower --train.cpus-per-worker"
-        )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def watchfulness(train: TrainConfig) -> dict[str, str]:
-    """Ray Train's settings, as environment variables, by which it finds dead and hung workers and missing nodes."""
-    return {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        # Later than the other workers notice: they can say more.
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * train.hang_seconds + 30:g}",
-        # Until then a node that has just died counts as there (Ray looks every 20 s), and workers wait for it.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-        # Shutting down waits so long for processes that do not answer; Ray Train does not hand this one on to a
-        # cluster that runs already, where it is 30.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    }
-
-
-def train(config: RunConfig, reader: ChunkReader) -> None:
-    """Trains from the run's last checkpoint, through worker deaths, to the exported model.
+        config: the run.
+        reader: of its rows.
+        later: as of `connect`.
 
     Raises:
         MuserError: training stopped for good.
     """
-    connect(config)
+    connect(config, later=later)
     stopped = config.folder / STOPPED
     stopped.unlink(missing_ok=True)
     store = CheckpointStore(config, Storage.of(config.data))
@@ -325,9 +243,9 @@ def score(config: RunConfig, index: ShardIndex | None, storage: Storage) -> None
             evaluation = evaluate(Muser.from_pretrained(folder / MODEL), config, index, storage)
         except DataError as error:
             write_report(folder)  # the training is worth its page, whatever is wrong with the scoring
-            with (folder / EVENTS).open("a") as file:
+            with (folder / EVENTS).open("a") as log:
                 event = {"time": time.time(), "event": "not scored", "step": config.train.steps, "error": str(error)}
-                file.write(json.dumps(event) + "\n")
+                log.write(json.dumps(event) + "\n")
             raise ScoringError(
                 f"{folder / MODEL} is trained, but data.val does not score it: {error}\nOther shards do: "
                 f"python jobs/evaluate.py {folder} --val 'OTHER/val-*.tar'. The same command tries these again."

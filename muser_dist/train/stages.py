@@ -32,7 +32,7 @@ def pretrain_stages(runs: Sequence[RunConfig], command: list[str]) -> Path:
     for number, config in enumerate(runs, 1):
         print(f"\n=== Stage {number} of {len(runs)}: {config.name} ===", flush=True)
         try:
-            pretrain(config, command)
+            pretrain(config, command, runs[number:])
             unscored = None
         except ScoringError as error:  # the next stage needs the model alone
             unscored = error

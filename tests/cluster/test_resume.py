@@ -9,7 +9,8 @@ import pytest
 from muser_dist.config import ObjectiveConfig, RunConfig, TowerConfig
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.storage import Storage
-from muser_dist.train.launch import connect, train
+from muser_dist.train.cluster import connect
+from muser_dist.train.launch import train
 from muser_dist.train.preflight import load_index, prepare_folder
 from muser_dist.train.runlog import EVENTS, read_lines
 from tests.cluster.plugins import arm
