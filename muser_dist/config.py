@@ -8,8 +8,9 @@ and number of workers.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,6 +166,16 @@ class RunConfig(Strict):
         }
         return replace(self, model=replace(self.model, **towers))
 
+    def apart_from(self, before: "RunConfig") -> "RunConfig":
+        """This config without what `starting_from` took from that run, which may have no model yet."""
+        return self._with_starts(lambda path: "" if path == str(before.folder) else path)
+
+    def _with_starts(self, of: Callable[[str], str]) -> "RunConfig":
+        towers: dict[str, Any] = {
+            n: replace(tower, weights=of(tower.weights)) for n, tower in self.model.towers().items()
+        }
+        return replace(self, model=replace(self.model, **towers, start=of(self.model.start)))
+
     @property
     def encoded(self) -> tuple[Modality, ...]:
         """The towers that run in training: all but those that no pair names, which are kept as they are."""
@@ -234,7 +245,13 @@ class Stages:
             )
 
     def chained(self, recipe: str) -> tuple[RunConfig, ...]:
-        """The runs of the stages, in one folder: each starts from the one before."""
+        """The runs of the stages, in one folder: each starts from the one before.
+
+        Raises:
+            ConfigError: a stage has a setting that this would replace.
+        """
+        for before, stage in pairwise(self.stages):
+            _check_follows(before, stage)
         settings = [
             (stage.name, stage.takes, name, value)
             for stage in self.stages
@@ -252,6 +269,32 @@ class Stages:
                 config = replace(config, train=replace(config.train, checkpoint_storage=place))
             runs.append(config.starting_from(runs[-1], stage.takes) if runs else config)
         return tuple(runs)
+
+
+def _check_follows(before: Stage, stage: Stage) -> None:
+    """Refuses settings of a stage of which nothing would come; those that the stage before has too came to it there."""
+    for name in ("name", "storage"):
+        there, here = (getattr(of.config, name) for of in (before, stage))
+        require(
+            there == here,
+            f"{name} is {there!r} of stage {before.name} and {here!r} of {stage.name}, and all stages lie in one "
+            f"folder; give --{name} without a stage's name before it",
+        )
+    if stage.takes == "model":
+        replaced = {"model.start": (before.config.model.start, stage.config.model.start)}
+    else:
+        towers = before.config.model.towers()
+        replaced = {
+            f"model.{name}.weights": (towers[name].weights, tower.weights)
+            for name, tower in stage.config.model.towers().items()
+            if name in towers
+        }
+    for setting, (there, here) in replaced.items():
+        require(
+            here in ("", there),
+            f"{stage.name}.{setting}: {here!r} would not be used, for stage {stage.name} goes on from stage "
+            f"{before.name}; leave it out, or give it to the first stage",
+        )
 
 
 OPERATIONAL = frozenset(

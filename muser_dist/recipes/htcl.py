@@ -85,7 +85,9 @@ def htcl(size: Literal["tiny", "base"] = "base") -> Stages:
         ),
         evaluate=EvaluateConfig(fields=("genre", "language", "instrument", "type", "meter", "mode")),
     )
-    towers: dict[str, Any] = {name: replace(tower, lr=1e-5) for name, tower in semantic.model.towers().items()}
+    towers: dict[str, Any] = {
+        name: replace(tower, lr=1e-5, weights="") for name, tower in semantic.model.towers().items()
+    }
     preference = replace(
         semantic,
         model=replace(semantic.model, **towers),

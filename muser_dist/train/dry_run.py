@@ -30,6 +30,8 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     sources = config.data.training_sources()
     indices = [index_shards(storage, shards[source.name], f"data.{source.name}") for source in sources]
     check_rows(config, indices)
+    taken = [f"Starts from the model of {after.folder}"] if after else []
+    matches = report_weights(config.apart_from(after) if after else config)
     unkept = replace(config, data=replace(config.data, clip_cache_gib=0.0))  # with data.keep_clips, of a first pass
     with tempfile.TemporaryDirectory() as folder:
         partners = load_partners(config, indices, storage, Path(folder))
@@ -41,8 +43,7 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
 
     train, slots, gib = config.train, config.data.decode_slots, 1 << 30
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
-    started = [f"Starts from the model of {after.folder}"] if after else map(str, report_weights(config))
-    lines = [describe_plan(config, indices, reader.plan, parameters), *started, ""]
+    lines = [describe_plan(config, indices, reader.plan, parameters), *taken, *map(str, matches), ""]
     for workers in dict.fromkeys((least, most)):
         weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
         held = weights + gradients + moments

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -27,7 +27,7 @@ from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.report import write_report
 from muser_dist.evaluate.summary import describe
 from muser_dist.files import write_whole
-from muser_dist.models.weights import REPORT, as_json, report_weights
+from muser_dist.models.weights import REPORT, Match, as_json, report_weights
 from muser_dist.muser import Muser
 from muser_dist.train.cluster import connect
 from muser_dist.train.dealer import NOTHING, Dealer
@@ -115,13 +115,12 @@ def print_chunk(config: RunConfig, later: Sequence[RunConfig] = ()) -> None:
     )
 
 
-def pretrain(config: RunConfig, command: list[str], later: Sequence[RunConfig] = ()) -> Path:
+def pretrain(config: RunConfig, command: list[str]) -> Path:
     """Runs a whole pretraining job: train (or go on), export, score, draw the page.
 
     Args:
         config: the run, with a name.
         command: the command line that asked for it, kept in run.json.
-        later: as of `connect`.
 
     Returns:
         the run's folder.
@@ -130,18 +129,30 @@ def pretrain(config: RunConfig, command: list[str], later: Sequence[RunConfig] =
         ScoringError: the model is there, and cannot be scored.
         MuserError: something else is wrong that the user can mend; the message says what and how.
     """
+    return prepare(config, command).carry_out()
+
+
+def prepare(config: RunConfig, command: list[str], before: RunConfig | None = None) -> "Prepared":
+    """Checks a run and all that it reads, and makes its folder; starts nothing.
+
+    Args:
+        config, command: as of `pretrain`.
+        before: the stage that the run starts from, which need not be trained yet; prepared already.
+
+    Raises:
+        MuserError: as `pretrain`.
+    """
     parameters = check_settings(config)
     storage = Storage.of(config.data)
     shards = find_shards(config, storage)
+    own = (config.apart_from(before) if before else config).model.with_absolute_paths()
     config = replace(config, storage=str(Path(config.storage).resolve()))
     if (place := config.train.checkpoint_storage) and "://" not in place:
         config = replace(config, train=replace(config.train, checkpoint_storage=str(Path(place).resolve())))
     config = replace(config, data=config.data.with_absolute_paths(), model=config.model.with_absolute_paths())
-    matches = report_weights(config)
+    matches = report_weights(replace(config, model=own))
     prepare_folder(config, command)
-    if matches:
-        print("\n".join(map(str, matches)), flush=True)
-        write_whole(config.folder / REPORT, as_json(matches))
+    tell_weights(config, matches)
 
     indices = [load_index(config, source, storage, shards[source.name]) for source in config.data.training_sources()]
     val_index = load_index(config, VAL, storage, shards[VAL.name]) if config.data.val else None
@@ -151,12 +162,45 @@ def pretrain(config: RunConfig, command: list[str], later: Sequence[RunConfig] =
     reader = training_reader(config, indices, storage, known, load_partners(config, indices, storage))
     print(f"Run {config.folder}: {describe_plan(config, indices, reader.plan, parameters)}", flush=True)
 
-    if (config.folder / MODEL / "config.json").exists():
-        print("Already trained; nothing is trained again.", flush=True)
-    else:
-        train(config, reader, later)
-    score(config, val_index, storage)
-    return config.folder
+    return Prepared(config, reader, val_index)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start."""
+
+    config: RunConfig
+    """With absolute paths, and the values of fields that are learned."""
+    reader: ChunkReader
+    """Of its training rows."""
+    val_index: ShardIndex | None
+    """Of the rows that it is scored on."""
+
+    def carry_out(self, later: Sequence[RunConfig] = ()) -> Path:
+        """Trains (or goes on), exports, scores and draws the page.
+
+        Args:
+            later: as of `connect`.
+
+        Returns:
+            the run's folder.
+
+        Raises:
+            MuserError: as `pretrain`.
+        """
+        if (self.config.folder / MODEL / "config.json").exists():
+            print("Already trained; nothing is trained again.", flush=True)
+        else:
+            train(self.config, self.reader, later)
+        score(self.config, self.val_index, Storage.of(self.config.data))
+        return self.config.folder
+
+
+def tell_weights(config: RunConfig, matches: list[Match]) -> None:
+    """Prints what a run starts from, and keeps it in its folder."""
+    if matches:
+        print("\n".join(map(str, matches)), flush=True)
+        write_whole(config.folder / REPORT, as_json(matches))
 
 
 # --- Training ---

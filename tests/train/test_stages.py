@@ -73,8 +73,34 @@ def test_a_stage_starts_from_the_one_before():
     # Of "towers" those that are there.
     assert second.model.audio.weights == second.model.text.weights == str(first.folder)
     assert second.model.spectrogram.weights == "" == second.model.start
-    whole = Stages((Stage("a", first), Stage("b", small_config()))).chained("x")
+    whole = Stages((Stage("a", small_config()), Stage("b", small_config()))).chained("x")
     assert whole[1].model.start == str(whole[0].folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--together.model.text.weights", "X"], r"together\.model\.text\.weights: 'X' would not be used"),
+        (["--together.name", "mine"], r"name is '' of stage alone and 'mine' of together.*give --name without"),
+        (["--together.storage", "there"], r"storage is 'runs' of stage alone and 'there' of together"),
+    ],
+)
+def test_options_of_a_stage_that_would_do_nothing_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_runs([ME, *arguments], "jobs/pretrain.py")
+
+
+def test_a_start_of_a_stage_that_goes_on_from_another_is_refused():
+    config = small_config()
+    with pytest.raises(ConfigError, match=r"b\.model\.start: 'X' would not be used, for stage b goes on from stage a"):
+        Stages((Stage("a", config), Stage("b", replace(config, model=replace(config.model, start="X"))))).chained("x")
+
+
+def test_weights_that_the_first_stage_starts_from_are_no_contradiction():
+    first, second = parse_runs([ME, "--model.text.weights", "X"], "jobs/pretrain.py")  # of all stages
+    assert (first.model.text.weights, second.model.text.weights) == ("X", str(first.folder))
+    first, second = parse_runs(["htcl", "--semantic.model.text.weights", "X"], "jobs/pretrain.py")
+    assert (first.model.text.weights, second.model.text.weights) == ("X", str(first.folder))
 
 
 def test_names_that_options_could_not_tell_apart_are_refused():
