@@ -170,6 +170,15 @@ class RunConfig(Strict):
         """This config without what `starting_from` took from that run, which may have no model yet."""
         return self._with_starts(lambda path: "" if path == str(before.folder) else path)
 
+    def told_from_storage(self) -> "RunConfig":
+        """This config with starts that lie in `storage` as paths from there, which a move of it leaves as they are."""
+
+        def of(path: str) -> str:
+            inside = path and Path(path).is_relative_to(self.storage)
+            return str(Path(path).relative_to(self.storage)) if inside else path
+
+        return self._with_starts(of)
+
     def _with_starts(self, of: Callable[[str], str]) -> "RunConfig":
         towers: dict[str, Any] = {
             n: replace(tower, weights=of(tower.weights)) for n, tower in self.model.towers().items()

@@ -184,7 +184,9 @@ def prepare_folder(config: RunConfig, command: list[str]) -> None:
         CheckpointStore(config, Storage.of(config.data)).check()
     if has_begun(config):
         there = _config_there(config, path)
-        changed = differences(there, config)
+        # A start may have moved with `storage`, or have stayed where it was.
+        moved = differences(there.told_from_storage(), config.told_from_storage())
+        changed = moved and differences(there, config)
         if changed:
             raise CheckpointError(
                 f"{config.folder} already holds a run with another config ({'; '.join(changed[:4])}"

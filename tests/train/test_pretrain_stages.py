@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from muser_dist.config import PairConfig, RunConfig, Stage, Stages
-from muser_dist.errors import ConfigError, MuserError, ScoringError
+from muser_dist.errors import CheckpointError, ConfigError, MuserError, ScoringError
 from muser_dist.models.model import MultimodalModel
 from muser_dist.models.weights import load_weights
 from muser_dist.muser import Muser, save_model
 from muser_dist.train import launch
 from muser_dist.train.dry_run import dry_run
+from muser_dist.train.launch import pretrain
+from muser_dist.train.preflight import prepare_folder
 from muser_dist.train.runlog import EVENTS, read_lines
 from muser_dist.train.stages import pretrain_stages
 from tests.models.test_frozen import with_towers
@@ -136,3 +138,26 @@ def test_a_dry_run_of_a_later_stage_reads_weights_of_its_own(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.audio\.weights: '/none/audio"):
         dry_run(second, first)
     assert f"Starts from the model of {first.folder}" in dry_run(*sound_after_notation(tmp_path, "")[::-1])
+
+
+def test_stages_go_on_where_their_folder_has_moved_to(tmp_path, trained):
+    pretrain_stages(sound_after_notation(tmp_path, "", str(tmp_path / "old")), ["test"])
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = sound_after_notation(tmp_path, "", str(tmp_path / "new"))
+    pretrain_stages(moved, ["test"])
+    assert list(trained) == ["notation", "sound"]
+    elsewhere = with_towers(moved[1], text={"weights": str(tmp_path / "scores")})
+    with pytest.raises(CheckpointError, match=r"another config \(model\.text\.weights: "):
+        prepare_folder(elsewhere, ["test"])
+
+
+def test_a_run_may_move_away_from_weights_that_stay(tmp_path, trained):
+    other = small_config()
+    save_model(tmp_path / "old" / "audio", MultimodalModel(other).state_dict(), other)
+    run = with_towers(small_config(name="run"), audio={"weights": str(tmp_path / "old" / "audio")})
+    run = replace(run, data=replace(run.data, train=(write_shards(tmp_path / "sounds", [8]),)))
+    pretrain(replace(run, storage=str(tmp_path / "old")), ["test"])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old" / "run").rename(tmp_path / "new" / "run")
+    pretrain(replace(run, storage=str(tmp_path / "new")), ["test"])
+    assert list(trained) == ["run"]
