@@ -91,9 +91,10 @@ def _of_file(storage: Storage, url: str, layout: LogLayout) -> Iterator[Piece]:
 
 def _rows_of(group: pq.RowGroupMetaData, layout: LogLayout) -> int:
     """Rows of a row group, or entries of its lists: what becomes an interaction each."""
+    names = tuple(f"{name}." for name in layout.used())  # a path is a name, of lists with ".list.element" behind it
     columns = (group.column(i) for i in range(group.num_columns))
-    used = (column.num_values for column in columns if column.path_in_schema.partition(".")[0] in layout.used())
-    return max(group.num_rows, *used)
+    used = [column.num_values for column in columns if f"{column.path_in_schema}.".startswith(names)]
+    return max([group.num_rows, *used])
 
 
 def partitions_for(pieces: list[Piece], layout: LogLayout) -> int:

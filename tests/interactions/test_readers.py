@@ -279,3 +279,21 @@ def test_partitions_of_parquet_go_by_its_rows(tmp_path, monkeypatch):
     assert partitions_for(pieces_of(STORAGE, [str(tmp_path / "large.parquet")], layout), layout) == 32
     pq.write_table(pa.table({"user": ["u"] * 32, "item": [["i"] * 64] * 32}), tmp_path / "lists.parquet")
     assert partitions_for(pieces_of(STORAGE, [str(tmp_path / "lists.parquet")], lists), lists) == 32
+
+
+def test_parquet_columns_with_dots_in_their_names(tmp_path):
+    layout, lists = LogLayout("user.id", ("track.id",)), LogLayout("user.id", ("track.id",), lists=True)
+    pq.write_table(
+        pa.table({"user.id": ["u", "v"], "track.id": ["a", "b"], "user": ["x", "y"]}), tmp_path / "a.parquet"
+    )
+    pq.write_table(
+        pa.table({"user.id": ["u"], "track.id": [["a", "b", "c"]], "track": [[1, 2]]}), tmp_path / "b.parquet"
+    )
+    assert [(row["user"], row["item"]) for row in read(tmp_path / "a.parquet", layout)[0]] == [("u", "a"), ("v", "b")]
+    assert [row["item"] for row in read(tmp_path / "b.parquet", lists)[0]] == ["a", "b", "c"]
+    (piece,) = pieces_of(STORAGE, [str(tmp_path / "b.parquet")], lists)
+    assert piece.rows == 3
+    # A column of another name's beginning is no part of it.
+    pq.write_table(pa.table({"user.id": ["u"], "track.id": ["a"], "track.id2": [[1, 2, 3]]}), tmp_path / "c.parquet")
+    (piece,) = pieces_of(STORAGE, [str(tmp_path / "c.parquet")], layout)
+    assert piece.rows == 1
