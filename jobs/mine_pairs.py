@@ -21,10 +21,14 @@ machine's cores, or on the Ray cluster that RAY_ADDRESS names, every node of whi
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import tyro
 
 from muser_dist.cli import Progress, main
@@ -35,7 +39,7 @@ from muser_dist.interactions.log import load_layout
 from muser_dist.interactions.mining import MiningConfig, number
 from muser_dist.interactions.phases import Job, Phases
 from muser_dist.interactions.readers import partitions_for, pieces_of, read_piece
-from muser_dist.interactions.split import SplitConfig, seconds
+from muser_dist.interactions.split import SPLITS, SplitConfig, of_interactions, seconds
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ def job(arguments: list[str]) -> None:
     print(f"{summary['rows']:,} rows: {summary['used']:,} used")
     for reason, rows in summary["left_out"].items():
         print(f"  {rows:,} left out: {reason}")
+    for split, interactions in summary["interactions"].items():
+        if not interactions:
+            print(f"warning: {split} has no interaction; compare --split with --dry-run's times", file=sys.stderr)
     pairs = ", ".join(f"{number:,} {split}" for split, number in summary["pairs"].items())
     print(f"pairs: {pairs or 'none'}; in {options.out / 'pairs'}")
 
@@ -114,13 +121,30 @@ def look(phases: Phases) -> str:
     lines = [f"{files:,} files, {len(work.pieces):,} pieces, {work.partitions:,} partitions"]
     for piece in work.pieces[:1]:
         for table, left_out in read_piece(phases.storage, piece, work.layout, work.latest):
-            _, _, unused, signals = number(table, work.mining, None)
+            numbers, _, unused, signals = number(table, work.mining, None)
             lines.append(f"the first {table.num_rows + left_out.total():,} rows: {table.num_rows:,} can be read")
             lines += [f"  {rows:,} left out: {reason}" for reason, rows in (left_out + unused).most_common()]
             lines.append(f"  signals: {', '.join(f'{name} ({rows:,})' for name, rows in signals.most_common(20))}")
+            lines += [f"  {line}" for line in splits(work, numbers)]
             lines += [json.dumps(row, ensure_ascii=False) for row in table.slice(0, 5).to_pylist()]
             break
     return "\n".join(lines)
+
+
+def splits(work: Job, interactions: pa.Table) -> list[str]:
+    """From when to when interactions are, and how many of them are in each split."""
+    if not len(interactions):
+        return []
+    user, item, time = (interactions[name].to_numpy() for name in ("user", "item", "time"))
+    lines = []
+    if work.layout.time:
+        first, last = map(int, (time.min(), time.max()))
+        if work.layout.relative_time:
+            lines.append(f"times: {first} to {last}")
+        else:
+            lines.append(f"times: {datetime.fromtimestamp(first, UTC)} to {datetime.fromtimestamp(last, UTC)}")
+    found = np.bincount(of_interactions(work.split, user, item, time), minlength=len(SPLITS))
+    return [*lines, f"splits: {', '.join(f'{found[level]:,} {SPLITS[level]}' for level in work.split.levels)}"]
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Job(Strict):
             self.layout.time is not None or not self.split.by_time,
             "split.val_from and split.test_from need times, and the layout has none; hold out users or items",
         )
+        self.split.check_times(self.layout.relative_time, self.latest)
 
 
 class Phases:

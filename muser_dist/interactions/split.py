@@ -8,6 +8,7 @@ A pair belongs to the later split of its two interactions, and the pairs of a sp
 and earlier ones only. So training pairs are the same as if held-out interactions had never been logged.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,6 +17,7 @@ import numpy as np
 from muser_dist.data.config import Strict
 from muser_dist.errors import ConfigError, require
 from muser_dist.interactions.ids import hash_name, mix
+from muser_dist.interactions.rows import EARLIEST
 
 SPLITS = ("train", "val", "test")
 """Splits by number."""
@@ -32,8 +34,8 @@ class SplitConfig(Strict):
     test_items: float = 0.0
     """Share of the items held out for the test."""
     val_from: str = ""
-    """What happened from then on is held out for validation: YYYY-MM-DD, YYYY-MM-DDTHH:MM:SS (UTC), or a number in the
-    log's seconds. Empty: time holds nothing out."""
+    """What happened from then on is held out for validation: YYYY-MM-DD, YYYYMMDD, YYYY-MM-DDTHH:MM:SS (UTC), or a
+    number in the log's seconds. Empty: time holds nothing out."""
     test_from: str = ""
     """What happened from then on is held out for the test."""
     seed: int = 0
@@ -65,6 +67,35 @@ class SplitConfig(Strict):
         test = self.test_users or self.test_items or self.test_from
         return (0, *([1] if val else []), *([2] if test else []))
 
+    def check_times(self, relative: bool, latest: int | None) -> None:
+        """Raises ConfigError where no time of the log can be what `val_from` or `test_from` says.
+
+        Args:
+            relative: whether the log's times count from a beginning of its own.
+            latest: a time beyond this, in seconds, is in the future; None: none is.
+        """
+        for option, when in (("split.val_from", self.val_from), ("split.test_from", self.test_from)):
+            at = seconds(when, option)
+            if at is None:
+                continue
+            if relative:
+                require(
+                    _date(when) is None,
+                    f"{option}: {when!r} is a date, and the log's times count from a beginning of its own; give "
+                    "seconds (with a 0 before eight digits that look like a date)",
+                )
+                continue
+            require(
+                at >= EARLIEST,
+                f"{option}: {when!r} is before 1990, and no time of a log is; give a date such as 2009-01-31, or "
+                "seconds since 1970",
+            )
+            require(
+                latest is None or at <= latest,
+                f"{option}: {when!r} is in the future, and would hold nothing out; give a date such as 2009-01-31, or "
+                "seconds since 1970 (not milliseconds)",
+            )
+
 
 def seconds(when: str, option: str) -> int | None:
     """Seconds since 1970, or since the log's beginning, that an option says; None where it is empty.
@@ -74,13 +105,21 @@ def seconds(when: str, option: str) -> int | None:
     """
     if not when:
         return None
+    if (date := _date(when)) is not None:
+        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
     if when.removeprefix("-").isdecimal():
         return int(when)
+    raise ConfigError(f"{option}: {when!r} is neither a date such as 2009-01-31 nor a number of seconds")
+
+
+def _date(when: str) -> datetime | None:
+    """The date that an option says; None where it is something else, such as a number."""
+    if when.isdecimal() and not re.fullmatch(r"(19|20)\d{6}", when):
+        return None
     try:
-        moment = datetime.fromisoformat(when)
+        return datetime.fromisoformat(when)
     except ValueError:
-        raise ConfigError(f"{option}: {when!r} is neither a date such as 2009-01-31 nor a number of seconds") from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+        return None
 
 
 def of_users(split: SplitConfig, users: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Files of the phases: what is made again, whose folder it is, and that no row is lost; the job's command line."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,12 +197,20 @@ def test_a_dry_run_shows_how_the_log_is_read(log, tmp_path):
     assert not out.exists()
 
 
+def test_a_dry_run_shows_what_is_held_out(log, tmp_path):
+    done = mine_pairs(log, "--layout", "events", "--out", tmp_path / "out", "--split.val-from", "20200101", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    first, last = re.search(r"times: (\S+) .* to (\S+) ", done.stdout).groups()
+    assert "2001-09-09" <= first < last < "2004-11-10" and "splits: 2,400 train, 0 val\n" in done.stdout
+
+
 def test_what_is_wrong_is_said_in_one_line(log, tmp_path):
     for arguments, message in (
         ((log, "--layout", "yambda", "--out", tmp_path / "out"), "there is no column 'uid'"),
         ((log, "--layout", "spotify", "--out", tmp_path / "out"), "layout 'spotify': there are events"),
         ((tmp_path / "*.gone", "--layout", "events", "--out", tmp_path / "out"), "*.gone"),
         ((log, "--layout", "events", "--out", tmp_path), "holds something else"),
+        ((log, "--layout", "events", "--out", tmp_path / "out", "--split.val-from", "20000000"), "before 1990"),
     ):
         done = mine_pairs(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr

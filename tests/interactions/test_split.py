@@ -1,5 +1,7 @@
 """Held-out interactions never touch training."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from muser_dist.errors import ConfigError
 from muser_dist.interactions.ids import hash_name, hash_names
 from muser_dist.interactions.mining import INTERACTIONS, MiningConfig, mine
-from muser_dist.interactions.split import SplitConfig, of_interactions, of_items, of_users
+from muser_dist.interactions.split import SplitConfig, of_interactions, of_items, of_users, seconds
 from tests.interactions import reference
 
 NAMES = pa.array([f"song {i}" for i in range(20_000)])
@@ -106,3 +108,35 @@ def test_moments(when, level):
 def test_settings_that_cannot_be(change, message):
     with pytest.raises(ConfigError, match=message):
         SplitConfig(**change)
+
+
+def test_eight_digits_are_a_date():
+    assert [seconds(when, "") for when in ("20090301", "2009-03-01", "1235865600")] == [1_235_865_600] * 3
+    assert [seconds(when, "") for when in ("25000000", "020090301", "-20090301")] == [
+        25_000_000,
+        20_090_301,
+        -20_090_301,
+    ]
+
+
+@pytest.mark.parametrize("option", ["val_from", "test_from"])
+@pytest.mark.parametrize(
+    ("when", "relative", "message"),
+    [
+        ("25000000", False, r"'25000000' is before 1990"),
+        ("1980-01-01", False, r"'1980-01-01' is before 1990"),
+        ("2001-09-10", False, r"in the future"),
+        ("999999999000", False, r"not milliseconds"),
+        ("2009-03-01", True, r"'2009-03-01' is a date, and the log's times"),
+        ("20090301", True, r"'20090301' is a date, and the log's times"),
+        ("20000101", False, ""),
+        ("25000000", True, ""),
+        ("020090301", True, ""),
+        ("5", True, ""),
+    ],
+)
+def test_times_that_no_log_has(option, when, relative, message):
+    split = SplitConfig(**{option: when})
+    expected = pytest.raises(ConfigError, match=rf"split\.{option}: .*{message}") if message else nullcontext()
+    with expected:
+        split.check_times(relative, None if relative else 10**9)
