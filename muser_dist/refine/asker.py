@@ -44,6 +44,7 @@ class Endpoint:
         timeout: seconds of an attempt.
         attempts: of an item, before it is given up.
         first_pause: seconds before the second attempt, on average twice as many before each further one.
+        grace: seconds in which it may still be starting; when it could not be reached till then, the job ends.
     """
 
     url: str
@@ -53,6 +54,7 @@ class Endpoint:
     timeout: float = 120.0
     attempts: int = 8
     first_pause: float = 1.0
+    grace: float = 15.0
 
     def __post_init__(self) -> None:
         try:
@@ -102,9 +104,15 @@ class Asker:
         self.progress = progress
         self.capped = False
         """Whether the cap has ended it."""
+        self.given_up = 0
+        """Items that have no answer, however often they were asked about."""
+        self.reason = ""
+        """Why the last of them has none."""
         self._done = 0
         self._taken: set[str] = set()  # digests that are asked about just now, or were given up
         self._failed_in_a_row = 0
+        self._first_attempt: float | None = None
+        self._connected = False
         self._error: EndpointError | None = None
 
     def run(self, batches: Iterator[list[Request | None]]) -> None:
@@ -114,12 +122,16 @@ class Asker:
             batches: the requests; None stands for an item about which nothing can be asked.
 
         Raises:
-            EndpointError: the endpoint refuses everything, or has not answered for long. What came before is kept.
+            EndpointError: the endpoint refuses everything, cannot be reached, or has not answered for long or at all.
+                What came before is kept.
         """
         try:
             asyncio.run(self._run(batches))
         except ExceptionGroup as errors:  # all for the same cause, such as a full disk
             raise errors.exceptions[0] from None
+        # An endpoint that has answered in an earlier job may well have no answer to the few items that are left.
+        if self.given_up and not (self._connected and self.ledger.any_answer):
+            self._stop(f"gave no answer to any of {self.given_up} items, to the last because: {self.reason}")
         if self._error is not None:
             raise self._error
 
@@ -171,13 +183,17 @@ class Asker:
         """Asks until there is an answer, or the item is given up; False where the job ends before."""
         most = self.prices.cost(request.most_input, request.most_output)
         paid = 0
+        now = asyncio.get_running_loop().time
         for attempt in range(self.endpoint.attempts):
             await self._pause(attempt)
+            if self._first_attempt is None:
+                self._first_attempt = now()
             number = await self._reserve(request.digest, most)
             if number is None:
                 return False
             reply = await self._send(session, request)
             await self._settle(number, reply)
+            self._connected = self._connected or reply.connected
             if reply.answer is not None:
                 self._failed_in_a_row = 0
                 if reply.tokens is not None and self.prices.cost(*reply.tokens) > most:
@@ -188,6 +204,9 @@ class Asker:
                     )
                 return True
             paid += reply.paid
+            if not self._connected and now() - self._first_attempt > self.endpoint.grace:
+                self._stop(f"cannot be reached: {reply.problem}; check --endpoint, and whether it runs")
+                return False
             if reply.fatal:
                 variable = self.endpoint.key_variable or "(none given)"
                 self._stop(f"{reply.problem}; check --endpoint, --model and what is in --key-variable {variable}")
@@ -195,14 +214,16 @@ class Asker:
             if reply.wait is not None and reply.wait > LONGEST_RETRY_AFTER:
                 self._stop(f"asks to be left alone for {reply.wait:,.0f} s; give the same command again then")
                 return False
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + (reply.wait or 0.0))
+            self._not_before = max(self._not_before, now() + (reply.wait or 0.0))
             if not reply.again or paid >= _PAID_ATTEMPTS:
                 break
         reason = f"{reply.problem}, after {attempt + 1} attempts" if attempt else reply.problem
-        self.ledger.fail(request.digest, self.endpoint.without_secrets(f"the endpoint gave no answer: {reason}"))
+        self.reason = self.endpoint.without_secrets(reason)
+        self.given_up += 1
+        self.ledger.fail(request.digest, f"the endpoint gave no answer: {self.reason}")
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= max(20, 2 * self.endpoint.concurrency):
-            self._stop(f"gave no answer to {self._failed_in_a_row} items in a row, to the last because: {reason}")
+            self._stop(f"gave no answer to {self._failed_in_a_row} items in a row, to the last because: {self.reason}")
         return True
 
     def _stop(self, what: str) -> None:
@@ -213,11 +234,12 @@ class Asker:
 
     async def _pause(self, attempt: int) -> None:
         """Waits before an attempt: longer each time, and at random, so that a crowd does not come back at once."""
-        loop = asyncio.get_running_loop()
-        if attempt:
-            most = min(LONGEST_PAUSE, 2 * self.endpoint.first_pause * 2.0 ** (attempt - 1))
-            await asyncio.sleep(random.random() * most)
-        while not self._ended and (left := self._not_before - loop.time()) > 0:
+        now = asyncio.get_running_loop().time
+        most = min(LONGEST_PAUSE, 2 * self.endpoint.first_pause * 2.0 ** (attempt - 1)) if attempt else 0.0
+        until = now() + random.random() * most
+        while not self._ended and (left := until - now()) > 0:
+            await asyncio.sleep(min(left, 1.0))
+        while not self._ended and (left := self._not_before - now()) > 0:
             await asyncio.sleep(min(left, 1.0) + random.random() * self.endpoint.first_pause)
 
     async def _reserve(self, digest: str, most: int) -> int | None:
@@ -246,7 +268,7 @@ class Asker:
                         break
                 return read_reply(response.status, response.headers, bytes(body))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Reply(problem=f"no connection ({error})", again=True)  # so nothing was sent
+            return Reply(problem=f"no connection ({error})", again=True, connected=False)  # so nothing was sent
         except TimeoutError:
             return Reply(problem=f"no reply in {self.endpoint.timeout:g} s", paid=True, again=True)
         except (aiohttp.ClientError, OSError) as error:

@@ -17,6 +17,7 @@ from muser_dist.data.rewriting import check_names, on_ray
 from muser_dist.data.session import connected
 from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
+from muser_dist.data.text import one_line
 from muser_dist.errors import ConfigError, DataError
 from muser_dist.files import alone_in, write_whole
 from muser_dist.refine.asker import Asker, Endpoint
@@ -94,9 +95,7 @@ def refine(
             try:
 
                 def asked(done: int) -> None:
-                    spent = ledger.spending
-                    tokens = f"{spent.input + spent.output:,} tokens"
-                    progress(done, index.total, f"{tokens}, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent")
+                    progress(done, index.total, so_far(asker))
 
                 asker = Asker(endpoint, ledger, prices, asked)
                 # Closed, so that no more is read where the cap ends it.
@@ -109,6 +108,15 @@ def refine(
                 ledger.close()
             records = _records_on_ray(index, storage, prompt, folder, write)
         return _finish(index, records, prices, spending, folder, write)
+
+
+def so_far(asker: Asker) -> str:
+    """What a job has spent till now, and what it got no answer to."""
+    spent, cap = asker.ledger.spending, asker.ledger.cap
+    line = f"{spent.input + spent.output:,} tokens, {spent.cost / UNIT:,.4f} of {cap / UNIT:,.4f} spent"
+    if asker.given_up:
+        line += f"; {asker.given_up:,} given up, the last because: {one_line(asker.reason)[:100]}"
+    return line
 
 
 def claim(folder: Path, index: ShardIndex, prompt: Prompt, made_by: dict[str, Any]) -> None:

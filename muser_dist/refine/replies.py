@@ -45,6 +45,7 @@ class Reply:
         again: whether the same request may do better.
         wait: seconds that the endpoint wants to be left alone.
         fatal: whether no other request would do better either.
+        connected: whether the request could be sent at all.
     """
 
     answer: Answer | None = None
@@ -54,6 +55,7 @@ class Reply:
     again: bool = False
     wait: float | None = None
     fatal: bool = False
+    connected: bool = True
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes) -> Reply:

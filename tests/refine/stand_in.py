@@ -49,7 +49,7 @@ class StandIn:
         most_at_a_time: requests that it had to answer at once.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, port: int) -> None:
         self.schedule = schedule
         self.asked: Counter[str] = Counter()
         self.charged = 0
@@ -58,7 +58,7 @@ class StandIn:
         self.now = 0
         self.lock = threading.Lock()
         self.reached = threading.Condition(self.lock)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
         self._server.block_on_close = False
         self._server.stand_in = self  # type: ignore[attr-defined]
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -194,9 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stand_in(schedule: Schedule = lambda item, before: "good") -> Iterator[StandIn]:
-    """Starts an endpoint; it is gone at the end."""
-    running = StandIn(schedule)
+def stand_in(schedule: Schedule = lambda item, before: "good", port: int = 0) -> Iterator[StandIn]:
+    """Starts an endpoint, at any free port where none is given; it is gone at the end."""
+    running = StandIn(schedule, port)
     thread = threading.Thread(target=running._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

@@ -5,8 +5,10 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from muser_dist.errors import ConfigError, DataError, EndpointError
 from muser_dist.refine.answers import read_descriptions
 from muser_dist.refine.asker import LONGEST_RETRY_AFTER, Asker, Endpoint
+from muser_dist.refine.job import so_far
 from muser_dist.refine.languages import NAMES
 from muser_dist.refine.ledger import UNIT, Answers, Ledger
 from muser_dist.refine.prompt import Prompt, Request
@@ -205,8 +208,46 @@ def test_proxies_of_the_environment(monkeypatch, tmp_path):
 def test_nobody_there(tmp_path):
     with stand_in() as server:
         pass
-    with pytest.raises(EndpointError, match=r"no answer to 20 items in a row, to the last because: no connection"):
-        ask(server, tmp_path / "l", items(30), attempts=2)
+    shown: list[int] = []
+    began = time.monotonic()
+    with pytest.raises(EndpointError, match=r"cannot be reached: no connection .*; check --endpoint"):
+        ask(server, tmp_path / "l", items(60), grace=0.5, first_pause=1.0, progress=shown.append)
+    assert time.monotonic() - began < 5 and not shown  # eight attempts take a minute
+
+
+def test_an_endpoint_that_is_still_starting(tmp_path):
+    with stand_in() as gone:
+        port = int(gone.url.rpartition(":")[2].removesuffix("/v1"))
+    answered = threading.Event()
+
+    def start() -> None:
+        time.sleep(0.5)
+        with stand_in(port=port):
+            answered.wait(30)
+
+    late = threading.Thread(target=start)
+    late.start()
+    ledger = Ledger(tmp_path / "l", MUCH)
+    Asker(endpoint_of(gone, first_pause=0.2), ledger, PRICES).run(iter([items(6)]))
+    ledger.close()
+    answered.set()
+    late.join()
+    assert found(tmp_path / "l", items(6)) == ["refined"] * 6
+
+
+def test_an_endpoint_that_answers_nothing_has_refined_nothing(tmp_path):
+    """However few the items are; the next job asks about them."""
+    with stand_in(lambda item, before: "refused_input") as server:
+        with pytest.raises(EndpointError, match=r"no answer to any of 3 items, to the last because: status 400: bad"):
+            ask(server, tmp_path / "l", items(3))
+        server.schedule = lambda item, before: "good" if item != "item-002" else "refused_input"
+        asker = ask(server, tmp_path / "l", items(3))
+        assert so_far(asker).endswith(" spent; 1 given up, the last because: status 400: bad input")
+        # What is left may be what no endpoint would answer; the job must be able to end.
+        assert ask(server, tmp_path / "l", items(3)).given_up == 1
+        assert server.asked == {"item-000": 2, "item-001": 2, "item-002": 3}
+    with pytest.raises(EndpointError, match="no answer to any of 1 items, to the last because: no connection"):
+        ask(server, tmp_path / "l", items(3), attempts=2)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +328,8 @@ def test_whatever_dies_when_the_cap_holds_and_nothing_is_paid_twice(tmp_path_fac
                 await asyncio.gather(job, return_exceptions=True)
 
             if death is None:
-                asker.run(iter([requests]))
+                with suppress(EndpointError):  # of an endpoint that has answered nothing at all
+                    asker.run(iter([requests]))
             else:
                 asyncio.run(die())
                 lost += len(ledger._open)
