@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import fsspec
 import fsspec.asyn
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from filelock import FileLock
 
 from muser_dist.data.cache_folder import LOCKS, cache_folder, make_room
@@ -112,6 +111,9 @@ class Storage:
         Raises:
             DataError: a pattern matches nothing or is malformed; the message names it.
         """
+        # Only here: whoever searches embeddings or loads a model names no shards, and may not have it.
+        from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+
         urls: set[str] = set()
         folders: dict[str, set[str] | None] = {}  # each is listed once, however many shards are named in it
         for pattern in patterns:
