@@ -12,13 +12,14 @@ import soxr
 
 from muser_dist.data.augment import augment
 from muser_dist.data.config import DataConfig
+from muser_dist.data.mp3 import count_samples
 from muser_dist.errors import DataError
 
 EXTENSIONS = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "mp4", "aif", "aiff", "au")
 """Extensions of members that are taken for audio."""
 
 MAX_SECONDS = 4 * 3600
-"""Longest clip that is decoded from its head, where the format cannot seek."""
+"""Longest clip that is decoded from its head, where the format cannot seek or does not tell its length."""
 
 _MAX_CHANNELS = 32
 
@@ -28,10 +29,13 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,aac,matroska,webm,ogg,flac,wav,w64,mp3,aiff,au,caf,asf,ape,wv,tta,mpc,mpc8,ac3,eac3,amr"
 )
 
+# Bare frames, one after the other: FFmpeg guesses how long they are by the bit rate of the first ones.
+_GUESSED = ("aac", "ac3", "eac3", "amr", "mp3")
+
 # Seconds decoded before a crop after a seek: codecs lean on the frames before.
 _RUN_UP = 0.25
 
-# What libsndfile and FFmpeg say of lengths that nobody knows is negative or beyond this.
+# What libsndfile says of lengths that nobody knows is negative or beyond this.
 _LONGEST_FRAMES = 1 << 62
 
 # Frames of a block of a clip that is decoded from its head to its end.
@@ -42,6 +46,10 @@ _T = TypeVar("_T")
 
 class Silence(DataError):
     """Every sample of a crop is zero."""
+
+
+class _WrongLengthError(Exception):
+    """libsndfile does not know how long a clip is, or is wrong about it."""
 
 
 def decode(data: bytes, config: DataConfig, position: float, seed: int | None = None) -> tuple[np.ndarray, int]:
@@ -147,21 +155,20 @@ def probe(data: bytes) -> tuple[int, int, float]:
     """What the headers of an encoded file say; nothing is decoded.
 
     Returns:
-        rate in Hz, channels, and length in seconds, NaN where the headers do not tell.
+        rate in Hz, channels, and length in seconds, NaN where it is not known: a guess by the bit rate is none.
 
     Raises:
         DataError: neither library knows the format, or the headers cannot be true.
     """
 
-    def with_libsndfile(file: soundfile.SoundFile) -> tuple[int, int, float]:
-        known = 0 <= file.frames < _LONGEST_FRAMES
-        return file.samplerate, file.channels, file.frames / file.samplerate if known else float("nan")
+    def with_libsndfile(file: soundfile.SoundFile, frames: int) -> tuple[int, int, float]:
+        return file.samplerate, file.channels, frames / file.samplerate
 
     def with_ffmpeg(container: av.container.InputContainer) -> tuple[int, int, float]:
         stream = container.streams.audio[0]
         _check(stream.rate, stream.channels)
-        seconds = container.duration / av.time_base if container.duration else float("nan")
-        return stream.rate, stream.channels, seconds
+        seconds = 0.0 if container.format.name in _GUESSED else (container.duration or 0) / av.time_base
+        return stream.rate, stream.channels, seconds or float("nan")
 
     return _open(data, with_libsndfile, with_ffmpeg)
 
@@ -176,7 +183,7 @@ def read_blocks(source: bytes | BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
         DataError: neither library can decode it, or it is longer than MAX_SECONDS.
     """
 
-    def with_libsndfile(file: soundfile.SoundFile) -> Iterator[tuple[np.ndarray, int]]:
+    def with_libsndfile(file: soundfile.SoundFile, frames: int) -> Iterator[tuple[np.ndarray, int]]:
         while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
             yield block, file.samplerate
 
@@ -185,7 +192,7 @@ def read_blocks(source: bytes | BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
         _check(stream.rate, stream.channels)
         mono = av.AudioResampler(format="flt", layout="mono", rate=stream.rate)
         waiting: list[np.ndarray] = []
-        for frame in container.decode(stream):
+        for frame in _decoded(container):
             waiting.extend(out.to_ndarray()[0] for out in mono.resample(frame))
             if sum(map(len, waiting)) >= _BLOCK_FRAMES:
                 yield np.concatenate(waiting), stream.rate
@@ -204,29 +211,35 @@ def read_blocks(source: bytes | BinaryIO) -> Iterator[tuple[np.ndarray, int]]:
 def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray, int]:
     """Decodes the crop alone where the format can seek: (frames, channels) float32 and the rate."""
 
-    def with_libsndfile(file: soundfile.SoundFile) -> tuple[np.ndarray, int]:
-        wanted = round(seconds * file.samplerate)
-        file.seek(round(position * max(0, file.frames - wanted)))
-        return file.read(wanted, dtype="float32", always_2d=True), file.samplerate
+    def with_libsndfile(file: soundfile.SoundFile, frames: int) -> tuple[np.ndarray, int]:
+        wanted = min(frames, round(seconds * file.samplerate))
+        file.seek(round(position * (frames - wanted)))
+        crop = file.read(wanted, dtype="float32", always_2d=True)
+        if len(crop) < wanted:  # the file is cut short
+            raise _WrongLengthError
+        return crop, file.samplerate
 
     return _open(data, with_libsndfile, lambda container: _decode_with_ffmpeg(container, seconds, position))
 
 
 def _open(
     data: bytes,
-    with_libsndfile: Callable[[soundfile.SoundFile], _T],
+    with_libsndfile: Callable[[soundfile.SoundFile, int], _T],
     with_ffmpeg: Callable[[av.container.InputContainer], _T],
 ) -> _T:
     """What is read from a file by libsndfile, or by FFmpeg where libsndfile cannot."""
-    return next(_each(data, lambda file: iter([with_libsndfile(file)]), lambda file: iter([with_ffmpeg(file)])))
+    return next(_each(data, lambda *file: iter([with_libsndfile(*file)]), lambda file: iter([with_ffmpeg(file)])))
 
 
 def _each(
     source: bytes | BinaryIO,
-    with_libsndfile: Callable[[soundfile.SoundFile], Iterator[_T]],
+    with_libsndfile: Callable[[soundfile.SoundFile, int], Iterator[_T]],
     with_ffmpeg: Callable[[av.container.InputContainer], Iterator[_T]],
 ) -> Iterator[_T]:
-    """What is read from a file bit by bit by libsndfile, or by FFmpeg where libsndfile cannot give the first bit."""
+    """What is read from a file bit by bit by libsndfile, or by FFmpeg where libsndfile cannot give the first bit.
+
+    libsndfile is told how many frames the file has; it reads no file whose length it does not know, or takes for less.
+    """
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     if stream.seek(0, io.SEEK_END) == 0:
         raise DataError("empty: the member has no bytes")
@@ -235,7 +248,7 @@ def _each(
     try:
         with soundfile.SoundFile(stream) as file:
             _check(file.samplerate, file.channels)
-            for part in with_libsndfile(file):
+            for part in with_libsndfile(file, _frames(file, stream)):
                 begun = True
                 yield part
         return
@@ -243,6 +256,8 @@ def _each(
         reason = error.error_string
         if begun:
             raise DataError(f"cannot be decoded to its end ({reason})") from None
+    except _WrongLengthError:
+        reason = "Its length is not known."
     stream.seek(0)
     # Only containers of sound: a playlist would make FFmpeg open what it names.
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
@@ -253,10 +268,37 @@ def _each(
         raise DataError(f"cannot be decoded ({reason} {getattr(error, 'strerror', error)}.)") from None
 
 
+def _frames(file: soundfile.SoundFile, stream: BinaryIO) -> int:
+    """How many frames a file has that libsndfile has opened.
+
+    Raises:
+        _WrongLengthError: it is not known, or libsndfile would stop before the end.
+    """
+    if not 0 <= file.frames < _LONGEST_FRAMES:
+        raise _WrongLengthError
+    if file.format != "MP3":
+        return file.frames
+    frames = count_samples(stream, file.frames)
+    # A constant bit rate's guess may be short by a rounding.
+    if frames is None or file.frames < 0.999 * frames - 2 * 1152:
+        raise _WrongLengthError
+    return min(frames, file.frames)
+
+
 def _check(rate: int, channels: int) -> None:
     """Refuses headers that lie: what they promise is allocated before it is read."""
     if not 1_000 <= rate <= 768_000 or not 1 <= channels <= _MAX_CHANNELS:
         raise DataError(f"claims {rate:,} Hz and {channels:,} channels")
+
+
+def _decoded(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
+    """What FFmpeg decodes; between bare frames it skips what is none, as libmpg123 does."""
+    for packet in container.demux(container.streams.audio[0]):
+        try:
+            yield from packet.decode()
+        except av.InvalidDataError:
+            if container.format.name not in _GUESSED:
+                raise
 
 
 def _decode_with_ffmpeg(
@@ -267,7 +309,8 @@ def _decode_with_ffmpeg(
     rate = stream.rate
     _check(rate, stream.channels)
     wanted = round(seconds * rate)
-    length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    ticks = 0 if container.format.name in _GUESSED else stream.duration or 0
+    length = float(ticks * (stream.time_base or 0))
     begin = position * max(0.0, length - seconds)  # in seconds; where the length is unknown, see below
     origin = float((stream.start_time or 0) * (stream.time_base or 0))  # a part of a broadcast begins late
     if begin > _RUN_UP:
@@ -275,7 +318,7 @@ def _decode_with_ffmpeg(
     mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
     blocks: list[np.ndarray] = []
     frames, first = 0, None
-    for frame in container.decode(stream):
+    for frame in _decoded(container):
         if first is None:
             first = (frame.time or origin) - origin
         for out in mono.resample(frame):
