@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 from muser_dist.data.cache_folder import LOCKS, cache_folder, make_room
 from muser_dist.data.config import DataConfig
 
-_VERSIONS = f"1 {soundfile.__libsndfile_version__} {av.__version__} {soxr.__version__} {soxr.__libsoxr_version__}"
-"""Of the entries' form, and of what decodes and resamples."""
+_VERSIONS = f"2 {soundfile.__libsndfile_version__} {av.__version__} {soxr.__version__} {soxr.__libsoxr_version__}"
+"""Of the entries' form and how they are read, and of what decodes and resamples."""
 
 _BLOCK = 1 << 16  # samples
 _TRAILER = struct.Struct("<q8s")
