@@ -9,8 +9,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from muser_dist.config import RunConfig
 from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage
@@ -23,14 +21,17 @@ CLASSES = ("accuracy", "macro_f1")
 TAGS = ("roc_auc", "pr_auc")
 
 
-def validate(folder: Path, config: RunConfig, index: ShardIndex, storage: Storage) -> dict[str, float]:
-    """Scores an exported model on the GPU that this process has, or on its CPUs.
+def validate(
+    folder: Path, config: RunConfig, index: ShardIndex, storage: Storage, device: str = "cpu"
+) -> dict[str, float]:
+    """Scores an exported model.
 
     Args:
         folder: holds model.safetensors and config.json.
         config: the run's config; `evaluate.rows` bounds the time this takes.
         index: the validation shards.
         storage: where they are read from.
+        device: where it computes. A task that has no GPU may see those of others, so what it sees says nothing.
 
     Returns:
         what `flat_scores` gives.
@@ -39,7 +40,6 @@ def validate(folder: Path, config: RunConfig, index: ShardIndex, storage: Storag
         CheckpointError: the folder holds no whole model.
         DataError: the shards hold no usable row.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = evaluate(Muser.from_pretrained(folder, device), config, index, storage)
     return flat_scores(evaluation)
 

@@ -46,7 +46,7 @@ class Profiler:
             return
         if self._trace is None:
             activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():  # a worker on CPUs may see GPUs that others have
                 activities.append(ProfilerActivity.CUDA)
             self._trace = torch.profiler.profile(activities=activities)
             self._trace.start()

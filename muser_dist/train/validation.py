@@ -40,8 +40,9 @@ class Validation:
         folder = config.folder / SNAPSHOT
         save_model(folder, weights, config)
         index = ShardIndex.load(config.folder / "val-index.json")
-        task = ray.remote(_validate).options(num_cpus=0, num_gpus=1 if config.train.gpu and spare >= 1 else 0)
-        self._task = step, task.remote(folder, config, index, Storage.of(config.data))
+        gpu = config.train.gpu and spare >= 1
+        task = ray.remote(_validate).options(num_cpus=0, num_gpus=int(gpu))
+        self._task = step, task.remote(folder, config, index, Storage.of(config.data), "cuda" if gpu else "cpu")
 
     def poll(self) -> tuple[int, dict[str, Any]] | None:
         """The step and the scores of a snapshot that have become ready."""
