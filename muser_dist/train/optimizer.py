@@ -83,13 +83,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         updated = [(group["part"], p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, parameter in updated:
-            self.prepare(parameter)
-        super().step(closure)
         for part, parameter in updated:
-            square = torch.linalg.vector_norm(parameter.grad).square()
+            self.prepare(parameter)
+            square = torch.linalg.vector_norm(parameter.grad).square()  # now: SGD on GPUs adds the momentum to it
             self.squares[part] = self.squares[part].to(square.device) + square
-            if self.average_decay is not None:
+        super().step(closure)
+        if self.average_decay is not None:
+            for _, parameter in updated:
                 self.state[parameter][AVERAGE].lerp_(parameter.detach(), 1.0 - self.average_decay)
 
 

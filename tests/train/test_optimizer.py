@@ -8,7 +8,7 @@ from muser_dist.config import TemperatureConfig, TowerConfig
 from muser_dist.models.model import MultimodalModel
 from muser_dist.objectives.registry import load_objective
 from muser_dist.train.engine import PlainEngine
-from muser_dist.train.optimizer import lr_factor, parameter_groups
+from muser_dist.train.optimizer import SGD, lr_factor, parameter_groups
 from muser_dist.train.step import train_step
 from tests.distributed.engine_cells import config_for, global_chunks, on_device
 from tests.small import small_config
@@ -74,3 +74,15 @@ def test_the_average_is_that_of_the_weights_after_each_step():
     norms = engine.grad_norms()
     assert set(norms) == {"audio", "spectrogram", "text", "logits"}
     assert sum(norm**2 for norm in norms.values()) == pytest.approx(engine.grad_norm() ** 2)
+
+
+def test_norms_are_of_gradients_without_sgd_s_momentum():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    # "foreach" as on GPUs, where torch takes it by default.
+    optimizer = SGD([{"params": [weight], "part": "audio"}], lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    optimizer.start(None)
+    for step in range(3):
+        weight.grad = torch.full((4,), float(step))
+        optimizer.forget_squares()
+        optimizer.step()
+        assert optimizer.squares["audio"].item() == pytest.approx(4 * step**2)
