@@ -215,8 +215,8 @@ class RunConfig(Strict):
         """Names of flags in a chunk: a row is used when both of any of these are set."""
         pairs = [(pair.first, pair.second) for pair in self.objective.pairs]  # "partner" and "fused" have flags too
         labelled = [(name, "label") for name in self.model.towers() if self.data.label_kinds()]
-        rewritten = [(name, name) for name in self.model.towers() if self.objective.name == "masked_patches"]
-        return (*pairs, *labelled, *rewritten)
+        alone = [(name, name) for name in self.model.towers()]  # of masked patches, or for the user's own objective
+        return (*pairs, *labelled) or tuple(alone)
 
     @property
     def folder(self) -> Path:

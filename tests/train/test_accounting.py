@@ -1,14 +1,16 @@
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from muser_dist.config import ObjectiveConfig
 from muser_dist.data.chunks import Problem
 from muser_dist.errors import StopTraining
 from muser_dist.train.accounting import Accounting
 from muser_dist.train.watch import check_share
+from tests.small import small_config
 
 PAIRS = (("audio", "text"), ("spectrogram", "text"))
 
@@ -54,6 +56,16 @@ def test_rows_read_are_used_or_quarantined():
     assert accounting.decode_ms_per_row() == 250
     assert accounting.clips() == {"clips_cached": 2, "clips_decoded": 1}
     assert accounting.clips() == {"clips_cached": 0, "clips_decoded": 0}
+
+
+def test_an_objective_of_the_users_own_uses_what_any_tower_can_take():
+    own = replace(small_config(), objective=ObjectiveConfig("package.module:loss", pairs=()))
+    accounting = Accounting(own.taking_part)
+    accounting.add(chunk(0, 0, [True, False, False], [False, True, False], [1, 2, 3]))
+    accounting.flush()
+    assert (accounting.totals["rows_used"], accounting.totals["rows_quarantined"]) == (2, 1)
+    learning = replace(own, data=replace(own.data, classes=("instrument",)))
+    assert learning.taking_part == (("audio", "label"), ("spectrogram", "label"), ("text", "label"))
 
 
 def test_the_digest_tells_other_rows_and_another_order_but_not_when_it_was_flushed():
