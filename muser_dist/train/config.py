@@ -131,6 +131,14 @@ class TrainConfig(Strict):
             self.samples >= self.global_batch,
             f"train.samples ({self.samples}) is less than one global batch ({self.global_batch}); give at least that",
         )
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"train.betas is {self.betas[0]:g} {self.betas[1]:g}; give two numbers from 0 to below 1, such as 0.9 0.98",
+        )
+        require(
+            self.optimizer != "sgd" or self.betas[0] > 0,
+            "train.betas: the first is the momentum of SGD, which Nesterov's needs to be above 0, such as 0.9",
+        )
         require(not self.offload or self.zero_stage > 0, "train.offload needs a --train.zero-stage of 1 or more")
         require(
             self.profile is None or 1 <= self.profile[0] <= self.profile[1],

@@ -122,10 +122,14 @@ def check_model(config: RunConfig) -> int:
     """The number of parameters, after a look whether the towers can be built and take a row.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they cannot, or nothing of them is trained.
     """
     with torch.device("meta"):  # costs no memory, however large the towers are
-        parameters = sum(p.numel() for p in MultimodalModel(config).parameters())
+        model = MultimodalModel(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    if not any(p.requires_grad for p in model.parameters()):
+        options = " or ".join(f"--model.{name}.freeze" for name in config.model.towers())
+        raise ConfigError(f"model: all of it is kept as it is, so nothing would be trained; leave out {options}")
     if parameters < _TRIED_PARAMETERS:
         data = config.data
         tokenizer = load_tokenizer(data.tokenizer, data.vocabulary, data.max_tokens)

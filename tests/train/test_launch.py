@@ -16,7 +16,7 @@ from muser_dist.data.config import SourceConfig
 from muser_dist.errors import CheckpointError, ConfigError, DataError, MuserError
 from muser_dist.recipes import load_recipe
 from muser_dist.train.launch import pretrain
-from muser_dist.train.preflight import check_paths, load_index, prepare_folder
+from muser_dist.train.preflight import check_paths, check_settings, load_index, prepare_folder
 from muser_dist.train.store import CheckpointStore
 from tests.models.test_frozen import with_towers
 from tests.object_store import object_store, storage_options
@@ -187,12 +187,23 @@ def test_relative_paths_in_a_submitted_job(monkeypatch):
         ({"workers": "1:2"}, r"nothing but CPUs would limit the workers.*--train\.resource NAME"),
         ({"gpu_share": 0.0}, r"train\.gpu_share is 0\.0; give a share above 0, up to 1"),
         ({"gpu_share": 0.5, "workers": 2}, r"2 workers need a GPU each; give --train\.workers 1"),
+        ({"betas": (0.9, 1.0)}, r"train\.betas is 0\.9 1; give two numbers from 0 to below 1"),
+        ({"betas": (-0.1, 0.9)}, r"train\.betas is -0\.1 0\.9; give two numbers from 0 to below 1"),
+        ({"optimizer": "sgd", "betas": (0.0, 0.9)}, r"train\.betas: the first is the momentum of SGD"),
         ({"profile": (3, 2)}, r"train\.profile names the first and the last step"),
     ],
 )
 def test_settings_that_contradict_each_other(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_config(train=changes)
+
+
+def test_a_run_that_would_train_nothing():
+    config = load_recipe("m3_tiny")
+    check_settings(replace(config, data=replace(config.data, train=("x.tar",))))
+    config = with_towers(config, symbolic={"freeze": True})
+    with pytest.raises(ConfigError, match=r"nothing would be trained; leave out --model\.symbolic\.freeze"):
+        check_settings(replace(config, data=replace(config.data, train=("x.tar",))))
 
 
 def test_a_pair_needs_its_towers():
