@@ -22,6 +22,9 @@ from muser_dist.files import write_whole
 PROJECT = "muser_dist"
 """Project of Weights & Biases, unless the environment variable WANDB_PROJECT names another."""
 
+SCORED = "scored_step"
+"""Axis of scores in Weights & Biases, which takes nothing more at a step that is over."""
+
 _NEEDS = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "ray": ("ray", "train")}
 """By tracker: the package that it needs, and the extra of muser_dist that brings it."""
 
@@ -38,6 +41,10 @@ class Tracker(Protocol):
             line: values by name; "loss/audio-text" is the part "audio-text" of "loss".
             step: optimizer steps done.
         """
+        ...
+
+    def scores(self, scores: dict[str, Any], step: int) -> None:
+        """Takes the scores of the model as it was after `step` steps, of which later ones may have been taken."""
         ...
 
     def close(self) -> None:
@@ -57,6 +64,9 @@ class TensorBoard:
         for name, value in _numbers(line):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # a line that a checkpoint covers must not die with the process
+
+    def scores(self, scores: dict[str, Any], step: int) -> None:
+        self.metrics(scores, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -100,13 +110,22 @@ class WeightsAndBiases:
         )
         # What it has from before the restart is not sent twice; only the server knows what it has.
         self._next = state["next"] if self._run.offline else self._run.step
+        self._run.define_metric("val_*", step_metric=SCORED)
+        self._scores: dict[str, float] = {}  # to go with the next line
 
     def metrics(self, line: dict[str, Any], step: int) -> None:
         if step >= self._next:
-            self._run.log(dict(_numbers(line)), step=step, commit=True)
+            self._run.log(dict(_numbers(line)) | self._scores, step=step, commit=True)
+            self._scores = {}
             self._keep(step + 1)
 
+    def scores(self, scores: dict[str, Any], step: int) -> None:
+        if numbers := dict(_numbers(scores)):
+            self._scores = numbers | {SCORED: step}
+
     def close(self) -> None:
+        if self._scores:
+            self._run.log(self._scores)
         self._run.finish()
 
     def _keep(self, following: int) -> None:
@@ -133,6 +152,9 @@ class RayMetrics:
                 self._gauges[kind] = Gauge(exported, f"{kind} in metrics.jsonl", tag_keys=("run", "part"))
             self._gauges[kind].set(value, {"run": self._run, "part": part})
 
+    def scores(self, scores: dict[str, Any], step: int) -> None:
+        self.metrics(scores, step)
+
     def close(self) -> None:
         """Ray drops the gauges of a worker that has ended."""
 
@@ -154,6 +176,11 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             with self._guarded(name):
                 tracker.metrics(line, step)
+
+    def scores(self, scores: dict[str, Any], step: int) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._guarded(name):
+                tracker.scores(scores, step)
 
     def close(self) -> None:
         for name, tracker in list(self._trackers.items()):

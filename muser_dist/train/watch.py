@@ -136,7 +136,7 @@ class Watch:
         """Writes down how an earlier state of the model scores; on rank 0."""
         if self._log and self._trackers:
             self._log.event("validation", step, **scores)
-            self._trackers.metrics(scores, step)
+            self._trackers.scores(scores, step)
 
     def checkpoint(self, done: int) -> float:
         """Writes the accounts since the last checkpoint; returns the mean loss since then."""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,6 +37,15 @@ def test_tensorboard_shows_what_was_written_so_far(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["loss", "loss/audio-text", "samples"]
+
+
+def test_tensorboard_shows_scores_at_the_step_of_what_was_scored(tmp_path):
+    trackers = Trackers({"board": lambda: TensorBoard(tmp_path, 0)})
+    for step in (1, 2, 3):
+        trackers.metrics(line(step), step)
+    trackers.scores({"val_MRR": 0.5}, 1)
+    trackers.close()
+    assert curve(tmp_path, "val_MRR") == [(1, 0.5)] and len(curve(tmp_path, "loss")) == 3
 
 
 def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
@@ -106,21 +117,38 @@ def test_weights_and_biases_needs_a_key_or_to_be_offline(monkeypatch):
     check_trackers(["wandb"])
 
 
-def logged(folder) -> list[tuple[str, dict]]:
-    """(run's id, values) of every row in the files that offline runs left, the oldest file first."""
+def records_in(path: Path) -> list[Any]:
+    """What the file of an offline run holds so far: wandb goes on writing for a moment after a run is closed."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
+    content, start, found = path.read_bytes(), 7, []
+    while start + 7 <= len(content):  # records of LevelDB's log format; so few fit one block, and none is cut
+        _, length, kind = struct.unpack_from("<IHB", content, start)
+        assert kind == 1
+        start += 7 + length
+        if start <= len(content):
+            found.append(Record.FromString(content[start - length : start]))
+    return found
+
+
+def records(folder: Path) -> list[tuple[str, Any]]:
+    """(run's id, record) of all that is in the files that offline runs left, the oldest file first."""
+    found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        content, start = path.read_bytes(), 7
-        while start < len(content):  # records of LevelDB's log format; so few fit one block, and none is cut
-            _, length, kind = struct.unpack_from("<IHB", content, start)
-            assert kind == 1
-            record = Record.FromString(content[start + 7 : start + 7 + length])
-            start += 7 + length
-            if record.WhichOneof("record_type") == "history":
-                items = ((item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item)
-                rows.append((path.stem.removeprefix("run-"), {key: json.loads(value) for key, value in items}))
+        deadline = time.monotonic() + 30
+        while not any(r.WhichOneof("record_type") == "exit" for r in records_in(path)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found += [(path.stem.removeprefix("run-"), record) for record in records_in(path)]
+    return found
+
+
+def logged(folder) -> list[tuple[str, dict]]:
+    """(run's id, values) of every row that offline runs left."""
+    rows = []
+    for run, record in records(folder):
+        if record.WhichOneof("record_type") == "history":
+            items = ((item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item)
+            rows.append((run, {key: json.loads(value) for key, value in items}))
     return rows
 
 
@@ -145,6 +173,27 @@ def test_weights_and_biases_offline_has_each_step_once_and_no_secret(tmp_path, m
     trackers_of(["wandb"], config, 0).close()  # begun anew: another run
     (id_of_rows,) = {run for run, _ in rows}
     assert json.loads((config.folder / "wandb-run.json").read_text())["id"] != id_of_rows
+
+
+def test_weights_and_biases_has_scores_at_the_step_of_what_was_scored(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = small_config(name="a-run", storage=str(tmp_path))
+    config.folder.mkdir()
+    trackers = trackers_of(["wandb"], config, 0)
+    for step in (10, 20, 30, 40):
+        trackers.metrics(line(step), step)
+        if step == 30:  # when steps after the snapshot's are over
+            trackers.scores({"val_MRR": 0.5, "val_MRR/text->audio": 0.25}, 20)
+    trackers.scores({"val_MRR": 0.75}, 40)  # with no line after it
+    trackers.scores({"error": "ValueError: of the task"}, 40)
+    trackers.close()
+    rows = [row for _, row in logged(config.folder)]
+    assert [row["_step"] for row in rows if "loss" in row] == [10, 20, 30, 40]
+    scored = [(row["scored_step"], row["val_MRR"], row.get("val_MRR/text->audio")) for row in rows if "val_MRR" in row]
+    assert scored == [(20, 0.5, 0.25), (40, 0.75, None)]
+    metrics = [record.metric for _, record in records(config.folder) if record.WhichOneof("record_type") == "metric"]
+    assert {metric.glob_name: metric.step_metric for metric in metrics} == {"val_*": "scored_step"}
 
 
 WORKER = """
