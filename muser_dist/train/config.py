@@ -77,7 +77,7 @@ class TrainConfig(Strict):
     max_failures: int = 3
     """How often the run goes on from its last checkpoint after workers died. Nodes that are preempted do not count."""
     hang_seconds: float = 600.0
-    """A worker that takes longer for a collective, or to answer, counts as dead and is named."""
+    """A worker that takes longer for a collective, or to answer, counts as dead; on CPUs it is named."""
 
     @property
     def steps(self) -> int:

@@ -73,7 +73,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def name_the_hung(config: RunConfig, survivors: dist.ProcessGroup) -> None:
-    """After a collective has timed out: says which ranks do not answer any more.
+    """After a collective of gloo has timed out (NCCL's watchdog ends the process): says which ranks do not answer.
 
     Raises:
         MuserError: some do not.
