@@ -24,7 +24,7 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     Raises:
         MuserError: as `pretrain`.
     """
-    parameters = check_settings(config)
+    parameters, trained = check_settings(config)
     storage = Storage.of(config.data)
     shards = find_shards(config, storage)
     sources = config.data.training_sources()
@@ -45,7 +45,7 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
     lines = [describe_plan(config, indices, reader.plan, parameters), *taken, *map(str, matches), ""]
     for workers in dict.fromkeys((least, most)):
-        weights, gradients, moments = (size / gib for size in state_bytes(parameters, train, workers))
+        weights, gradients, moments = (size / gib for size in state_bytes(parameters, trained, train, workers))
         held = weights + gradients + moments
         lines.append(
             f"Memory of each of {workers} workers: {held:.2f} GiB for weights ({weights:.2f}), gradients "
@@ -53,7 +53,7 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
             f"{1 if train.cache_gradients else train.chunks_per_worker(workers)} chunks of {train.chunk} rows, which "
             "--train.find-chunk measures"
         )
-    saved = parameters * (12 + 4 * bool(train.ema_samples)) / gib
+    saved = 4 * (parameters + _moments(train) * trained) / gib
     store = max(config.data.buffer_mib / 1024, 3 * (slots + most) * chunk)
     lines += [
         f"Steps: {train.steps:,} of {train.global_batch:,} rows in {train.chunks_per_step} chunks; "
@@ -67,15 +67,21 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     return "\n".join(lines)
 
 
-def state_bytes(parameters: int, train: TrainConfig, workers: int) -> tuple[int, int, int]:
+def state_bytes(parameters: int, trained: int, train: TrainConfig, workers: int) -> tuple[int, int, int]:
     """Bytes that each worker holds of weights, of gradients and of the optimizer's states, all float32.
 
     ZeRO shares out the optimizer's from stage 1 on, gradients from 2 and weights from 3; and it has a copy of the
-    weights among what the optimizer updates, which at stage 3 is all there is.
+    trained weights among what the optimizer updates, which at stage 3 is all there is. Of frozen parameters there are
+    weights alone.
     """
 
     def of(numbers: int, stage: int) -> int:
-        return 4 * numbers * parameters // (workers if train.zero_stage >= stage else 1)
+        return 4 * numbers // (workers if train.zero_stage >= stage else 1)
 
-    states = (1 if train.optimizer == "sgd" else 2) + bool(train.ema_samples) + (0 < train.zero_stage < 3)
-    return of(1, 3), of(1, 2), of(states, 1)
+    states = _moments(train) + (0 < train.zero_stage < 3)
+    return of(parameters, 3), of(trained, 2), of(states * trained, 1)
+
+
+def _moments(train: TrainConfig) -> int:
+    """How many numbers the optimizer keeps of each that is trained."""
+    return (1 if train.optimizer == "sgd" else 2) + bool(train.ema_samples)

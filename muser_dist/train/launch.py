@@ -142,7 +142,7 @@ def prepare(config: RunConfig, command: list[str], before: RunConfig | None = No
     Raises:
         MuserError: as `pretrain`.
     """
-    parameters = check_settings(config)
+    parameters, _ = check_settings(config)
     storage = Storage.of(config.data)
     shards = find_shards(config, storage)
     own = (config.apart_from(before) if before else config).model.with_absolute_paths()

@@ -37,8 +37,10 @@ from muser_dist.train.trackers import check_trackers
 _TRIED_PARAMETERS = 300_000_000
 
 
-def check_settings(config: RunConfig, try_model: Callable[[RunConfig], int] | None = None) -> int:
-    """Checks what can be checked without looking at the data; returns the number of parameters.
+def check_settings(
+    config: RunConfig, try_model: Callable[[RunConfig], tuple[int, int]] | None = None
+) -> tuple[int, int]:
+    """Checks what can be checked without looking at the data; returns what `check_model` does.
 
     Args:
         config: the run's.
@@ -118,8 +120,8 @@ def check_paths(config: RunConfig) -> None:
             )
 
 
-def check_model(config: RunConfig) -> int:
-    """The number of parameters, after a look whether the towers can be built and take a row.
+def check_model(config: RunConfig) -> tuple[int, int]:
+    """The numbers of parameters and of those that are trained, after a look whether the towers can take a row.
 
     Raises:
         ConfigError: they cannot, or nothing of them is trained.
@@ -127,7 +129,8 @@ def check_model(config: RunConfig) -> int:
     with torch.device("meta"):  # costs no memory, however large the towers are
         model = MultimodalModel(config)
     parameters = sum(p.numel() for p in model.parameters())
-    if not any(p.requires_grad for p in model.parameters()):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == 0:
         options = " or ".join(f"--model.{name}.freeze" for name in config.model.towers())
         raise ConfigError(f"model: all of it is kept as it is, so nothing would be trained; leave out {options}")
     if parameters < _TRIED_PARAMETERS:
@@ -165,7 +168,7 @@ def check_model(config: RunConfig) -> int:
                 f"the towers cannot take a row of {data.crop_seconds:g} s at {data.sample_rate} Hz ({error}); "
                 "give a longer --data.crop-seconds, or towers with smaller windows and fewer stages"
             ) from None
-    return parameters
+    return parameters, trained
 
 
 def has_begun(config: RunConfig) -> bool:

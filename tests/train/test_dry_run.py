@@ -9,6 +9,8 @@ import pytest
 from muser_dist.config import PairConfig
 from muser_dist.errors import DataError
 from muser_dist.train.dry_run import dry_run, state_bytes
+from muser_dist.train.preflight import check_settings
+from tests.models.test_frozen import with_towers
 from tests.shardmaker import write_shards
 from tests.small import small_config
 
@@ -59,4 +61,17 @@ def test_a_pass_over_pairs_is_as_long_as_there_are_songs_with_a_partner(tmp_path
 )
 def test_memory_is_shared_out_as_zero_does(workers, stage, ema, expected):
     train = small_config(train={"zero_stage": stage, "ema_samples": ema}).train
-    assert state_bytes(100, train, workers) == expected
+    assert state_bytes(100, 100, train, workers) == expected
+
+
+def test_frozen_towers_are_weights_alone(tmp_path):
+    train = small_config(train={"optimizer": "sgd"}).train
+    assert state_bytes(100, 10, train, 1) == (400, 40, 80)
+    mib = 1 << 18  # of numbers
+    config = small_config(data={"train": (write_shards(tmp_path, [12]),)}, train={"ema_samples": 8})
+    wide = with_towers(config, text={"options": {"width": 512, "depth": 4, "heads": 2}, "freeze": True})
+    parameters, trained = check_settings(wide)
+    assert parameters > 40 * mib > mib > trained
+    saved = (parameters + 3 * trained) * 4 / 2**30
+    text = dry_run(wide)
+    assert f"Disk: {saved:.2f} GiB a checkpoint" in text and "gradients (0.00) and optimizer (0.00)" in text
