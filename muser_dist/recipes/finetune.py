@@ -20,6 +20,9 @@ from muser_dist.recipes import load_recipe
 TOWER_LR = 1e-4
 """Peak learning rate of a pretrained tower: a tenth of its new head's."""
 
+_OF_PRETRAINING = ("selected", "corrupt", "decoder_depth")
+"""Options of m3_pretraining that are none of m3."""
+
 
 def finetune(start: str, tower: str | None = None) -> RunConfig:
     """A config that fine-tunes; data.classes and data.tags are yet to be named.
@@ -51,6 +54,9 @@ def finetune(start: str, tower: str | None = None) -> RunConfig:
         freeze_head=False,
         cache_rows=0,
     )
+    if kept.build == "m3_pretraining":  # its decoder stays behind; weights of m3 have the same names
+        options = {option: value for option, value in kept.options.items() if option not in _OF_PRETRAINING}
+        kept = replace(kept, build="m3", options=options)
     model: dict[str, Any] = {name: kept}
     before = config.train
     return replace(

@@ -23,6 +23,7 @@ from muser_dist.muser import save_model
 from muser_dist.objectives.batch import Batch, Logits
 from muser_dist.objectives.registry import load_objective
 from muser_dist.recipes import find_recipe, load_recipe
+from muser_dist.recipes.finetune import finetune
 from muser_dist.train.preflight import check_settings
 
 PUBLISHED = {
@@ -153,3 +154,16 @@ def test_the_commands_of_the_page_name_recipes_and_options_that_exist(monkeypatc
         if words[0].startswith("--model.text"):
             continue  # of a tower that is not in the first stage
         assert parse_runs(["clamp2", *words], "jobs/pretrain.py")
+
+
+def test_m3_can_be_fine_tuned_without_its_decoder(tmp_path):
+    config = load_recipe("m3_tiny")
+    before = MultimodalModel(config)
+    save_model(tmp_path / "run" / "model", before.state_dict(), config)
+    tuned = finetune(str(tmp_path / "run"))
+    tuned = replace(tuned, data=replace(tuned.data, classes=("mode",), label_values={"mode": ("major", "minor")}))
+    model = MultimodalModel(replace(tuned, seed=1))
+    load_weights(model, tuned)
+    of_encoder = before.towers["symbolic"].encoder.state_dict()
+    tower = model.towers["symbolic"].state_dict()
+    assert tower.keys() == of_encoder.keys() and all(torch.equal(tower[name], of_encoder[name]) for name in tower)
