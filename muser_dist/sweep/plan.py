@@ -108,9 +108,9 @@ def plan(recipe: str, base: RunConfig, options: SweepConfig) -> Planned:
 
 def check_once() -> Check:
     """`check_settings` that tries a model once, however many points have it: a large one takes a minute."""
-    tried: dict[str, int | ConfigError] = {}
+    tried: dict[str, tuple[int, int] | ConfigError] = {}
 
-    def try_model(config: RunConfig) -> int:
+    def try_model(config: RunConfig) -> tuple[int, int]:
         values = to_dict(config)
         del values["objective"]["temperature"]  # which no tower sees
         key = json.dumps([values["model"], values["data"], values["objective"], config.train.precision])
