@@ -41,7 +41,7 @@ def test_a_config_comes_back_and_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"contrasts features with text, but model\.features is None"):
         replace(config, model=replace(small_config().model, audio=None, spectrogram=None))
     trial = replace(config, data=replace(config.data, train=("train.tar",)))
-    assert check_settings(trial) > 0
+    assert check_settings(trial)[0] > 0
     few = replace(FEATURES, options=FEATURES.options | {"positions": 4})
     with pytest.raises(ConfigError, match=r"model\.features\.options\.positions: 6 windows .* do not fit into 4"):
         check_settings(replace(trial, model=replace(trial.model, features=few)))
