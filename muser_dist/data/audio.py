@@ -213,8 +213,11 @@ def _read_crop(data: bytes, seconds: float, position: float) -> tuple[np.ndarray
 
     def with_libsndfile(file: soundfile.SoundFile, frames: int) -> tuple[np.ndarray, int]:
         wanted = min(frames, round(seconds * file.samplerate))
-        file.seek(round(position * (frames - wanted)))
-        crop = file.read(wanted, dtype="float32", always_2d=True)
+        start = round(position * (frames - wanted))
+        # Frames of an mp3 may have their bits in those before.
+        lead = min(start, round(_RUN_UP * file.samplerate)) if file.format == "MP3" else 0
+        file.seek(start - lead)
+        crop = file.read(lead + wanted, dtype="float32", always_2d=True)[lead:]
         if len(crop) < wanted:  # the file is cut short
             raise _WrongLengthError
         return crop, file.samplerate
