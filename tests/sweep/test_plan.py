@@ -76,7 +76,7 @@ def test_towers_are_tried_once_for_all_points_that_share_them(tmp_path, monkeypa
         tried.append(config.model.projection_dim)
         if config.model.projection_dim == 4:
             raise ConfigError("too small")
-        return 1
+        return 1, 1
 
     monkeypatch.setattr("muser_dist.sweep.plan.check_model", look)
     space = {
