@@ -5,12 +5,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from muser_dist.config import RunConfig, TrainConfig
+from muser_dist.config import RunConfig
 from muser_dist.data.pipeline import training_reader
 from muser_dist.data.shards import index_shards
 from muser_dist.data.storage import Storage
 from muser_dist.evaluate.report import SPARE
 from muser_dist.models.weights import report_weights
+from muser_dist.train.find_chunk import moments, state_bytes
 from muser_dist.train.preflight import check_rows, check_settings, describe_plan, find_shards, load_partners
 
 
@@ -45,15 +46,15 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
     (least, most), chunk = train.worker_range, reader.chunk_bytes / gib
     lines = [describe_plan(config, indices, reader.plan, parameters), *taken, *map(str, matches), ""]
     for workers in dict.fromkeys((least, most)):
-        weights, gradients, moments = (size / gib for size in state_bytes(parameters, trained, train, workers))
-        held = weights + gradients + moments
+        weights, gradients, states = (size / gib for size in state_bytes(parameters, trained, train, workers))
+        held = weights + gradients + states
         lines.append(
             f"Memory of each of {workers} workers: {held:.2f} GiB for weights ({weights:.2f}), gradients "
-            f"({gradients:.2f}) and optimizer ({moments:.2f}); {3 * chunk:.2f} GiB for chunks; and the activations of "
+            f"({gradients:.2f}) and optimizer ({states:.2f}); {3 * chunk:.2f} GiB for chunks; and the activations of "
             f"{1 if train.cache_gradients else train.chunks_per_worker(workers)} chunks of {train.chunk} rows, which "
             "--train.find-chunk measures"
         )
-    saved = 4 * (parameters + _moments(train) * trained) / gib
+    saved = 4 * (parameters + moments(train) * trained) / gib
     store = max(config.data.buffer_mib / 1024, 3 * (slots + most) * chunk)
     lines += [
         f"Steps: {train.steps:,} of {train.global_batch:,} rows in {train.chunks_per_step} chunks; "
@@ -65,23 +66,3 @@ def dry_run(config: RunConfig, after: RunConfig | None = None) -> str:
         f"{train.checkpoint_storage or config.folder}",
     ]
     return "\n".join(lines)
-
-
-def state_bytes(parameters: int, trained: int, train: TrainConfig, workers: int) -> tuple[int, int, int]:
-    """Bytes that each worker holds of weights, of gradients and of the optimizer's states, all float32.
-
-    ZeRO shares out the optimizer's from stage 1 on, gradients from 2 and weights from 3; and it has a copy of the
-    trained weights among what the optimizer updates, which at stage 3 is all there is. Of frozen parameters there are
-    weights alone.
-    """
-
-    def of(numbers: int, stage: int) -> int:
-        return 4 * numbers // (workers if train.zero_stage >= stage else 1)
-
-    states = _moments(train) + (0 < train.zero_stage < 3)
-    return of(parameters, 3), of(trained, 2), of(states * trained, 1)
-
-
-def _moments(train: TrainConfig) -> int:
-    """How many numbers the optimizer keeps of each that is trained."""
-    return (1 if train.optimizer == "sgd" else 2) + bool(train.ema_samples)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from muser_dist.config import RunConfig
+from muser_dist.config import RunConfig, TrainConfig
 from muser_dist.data.chunks import Chunk
 from muser_dist.data.labels import Labels, with_stand_ins
 from muser_dist.data.spectrogram import in_tasks
@@ -29,7 +29,6 @@ from muser_dist.train.step import to_device, train_step
 
 _LEFT_FREE = 0.1  # of free memory: for buffers of collectives and of DeepSpeed, gathered embeddings, fragmentation
 _OBJECT_STORE = 0.3  # of a node's memory: what Ray's object store takes by default
-_OPTIMIZER_BYTES = 8  # of AdamW's two moments for each parameter
 _STARTED = 0
 
 
@@ -115,6 +114,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def state_bytes(parameters: int, trained: int, train: TrainConfig, workers: int) -> tuple[int, int, int]:
+    """Bytes that each worker holds of weights, of gradients and of the optimizer's states, all float32.
+
+    ZeRO shares out the optimizer's from stage 1 on, gradients from 2 and weights from 3; and it has a copy of the
+    trained weights among what the optimizer updates, which at stage 3 is all there is. Of frozen parameters there are
+    weights alone.
+    """
+
+    def of(numbers: int, stage: int) -> int:
+        return 4 * numbers // (workers if train.zero_stage >= stage else 1)
+
+    states = moments(train) + (0 < train.zero_stage < 3)
+    return of(parameters, 3), of(trained, 2), of(states * trained, 1)
+
+
+def moments(train: TrainConfig) -> int:
+    """How many numbers the optimizer keeps of each that is trained."""
+    return (1 if train.optimizer == "sgd" else 2) + bool(train.ema_samples)
+
+
 # --- In the child ---
 
 
@@ -133,12 +152,13 @@ def _try_chunks(results: Connection, config: RunConfig, device_name: str, memory
         config = replace(config, model=replace(config.model, **towers))
         device, train = torch.device(device_name), config.train
         with torch.device("meta"):
-            trained = sum(p.numel() for p in MultimodalModel(config).parameters() if p.requires_grad)
+            numbers = [(p.numel(), p.requires_grad) for p in MultimodalModel(config).parameters()]
+        parameters, trained = sum(n for n, _ in numbers), sum(n for n, learns in numbers if learns)
         workers = train.worker_range[0]  # with the fewest, each has most to hold
-        shared = workers if train.zero_stage >= 1 else 1
         if memory is None:
             memory = int((1 - _LEFT_FREE) * _free_memory(device, workers))
-        _limit_memory(device, memory - _OPTIMIZER_BYTES * trained // shared)
+        _, _, states = state_bytes(parameters, trained, train, workers)
+        _limit_memory(device, memory - states)
         results.send(_STARTED)
         engine = _Trial(MultimodalModel(config), config, device)
         objective = load_objective(config.objective)

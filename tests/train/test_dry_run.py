@@ -8,7 +8,8 @@ import pytest
 
 from muser_dist.config import PairConfig
 from muser_dist.errors import DataError
-from muser_dist.train.dry_run import dry_run, state_bytes
+from muser_dist.train.dry_run import dry_run
+from muser_dist.train.find_chunk import state_bytes
 from muser_dist.train.preflight import check_settings
 from tests.models.test_frozen import with_towers
 from tests.shardmaker import write_shards

@@ -1,5 +1,6 @@
 """The largest chunk that fits: in a child process whose memory is limited for real."""
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 from muser_dist.config import ObjectiveConfig, PairConfig, RunConfig, TowerConfig
 from muser_dist.errors import ConfigError, MuserError
+from muser_dist.models.model import MultimodalModel
+from muser_dist.train import find_chunk as module
 from muser_dist.train.find_chunk import chunk_sizes, find_chunk, is_out_of_memory, out_of_memory_message
 from tests.small import small_config
 
@@ -52,6 +55,21 @@ def test_the_largest_chunk_that_fits_is_found():
 @pytest.mark.slow
 def test_all_rows_of_a_worker_fit_where_memory_is_ample():
     assert find_chunk(small_config(train={"workers": 2, "global_batch": 24}), CPU) == 12
+
+
+def test_all_that_the_optimizer_keeps_has_room(monkeypatch):
+    limits, trained = [], 0
+    monkeypatch.setattr(module, "_limit_memory", lambda device, size: limits.append(size))
+    monkeypatch.setattr(module, "chunk_sizes", lambda config: [])
+    for settings in ({}, {"ema_samples": 8}, {"zero_stage": 2, "workers": 2}, {"optimizer": "sgd"}):
+        config = small_config(train={"zero_stage": 0, "workers": 1} | settings)
+        trained = sum(p.numel() for p in MultimodalModel(config).parameters() if p.requires_grad)
+        results, theirs = multiprocessing.Pipe(duplex=False)
+        module._try_chunks(theirs, config, "cpu", 2**31)
+        assert results.recv() == 0
+    states = [(2**31 - limit) / (4 * trained) for limit in limits]
+    # AdamW's two moments; a moving average; with a copy of the weights, shared by two; one moment.
+    assert states == pytest.approx([2, 3, 1.5, 1], rel=1e-3)
 
 
 def test_where_nothing_fits_the_mends_are_named():
