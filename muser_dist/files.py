@@ -75,6 +75,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what `whole_file` left behind where its process was killed. Who still writes to one of them, such as a
+    task that a Ctrl-C did not reach, gets an error when it is done, and replaces nothing."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 @contextmanager
 def alone_in(folder: Path, option: str = "--out") -> Iterator[None]:
     """Keeps other jobs out of a folder, which is made when missing. The system lets them in when the process is gone.

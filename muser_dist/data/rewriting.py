@@ -20,6 +20,7 @@ from muser_dist.data.shards import ShardIndex
 from muser_dist.data.storage import Storage, local_path, redact
 from muser_dist.data.tar import Sample, Stored
 from muser_dist.errors import ClusterError, ConfigError, DataError
+from muser_dist.files import whole_file
 
 
 def check_names(index: ShardIndex, folder: Path) -> None:
@@ -71,26 +72,21 @@ def write_shard(path: Path, copied: Iterable[tuple[Sample, Mapping[str, bytes | 
         DataError: the source cannot be read.
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for sample, new in copied:
-                left = {extension_of(sample, kind): content for kind, content in new.items() if content is not None}
-                for extension, member in sample.members.items():
-                    if new.get(extension.rpartition(".")[2], b"") is None:
-                        continue
-                    content = left.pop(extension, None)
-                    if content is None:
-                        try:
-                            content = Stored(source.fileno(), member.offset, member.size).read()
-                        except OSError as error:
-                            raise unreadable(str(source.name), error) from None
-                    _add(tar, member.name, content)
-                for extension, content in left.items():
-                    _add(tar, f"{sample.key}.{extension}", content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for sample, new in copied:
+            left = {extension_of(sample, kind): content for kind, content in new.items() if content is not None}
+            for extension, member in sample.members.items():
+                if new.get(extension.rpartition(".")[2], b"") is None:
+                    continue
+                content = left.pop(extension, None)
+                if content is None:
+                    try:
+                        content = Stored(source.fileno(), member.offset, member.size).read()
+                    except OSError as error:
+                        raise unreadable(str(source.name), error) from None
+                _add(tar, member.name, content)
+            for extension, content in left.items():
+                _add(tar, f"{sample.key}.{extension}", content)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

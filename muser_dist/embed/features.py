@@ -27,7 +27,7 @@ from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.tar import Sample, walk
 from muser_dist.errors import ConfigError, DataError, UnreadError
-from muser_dist.files import alone_in, write_whole
+from muser_dist.files import alone_in, remove_parts, write_whole
 from muser_dist.muser import Muser
 
 MANIFEST, RECORDS, QUARANTINE = "features.json", "features", "quarantine.jsonl"
@@ -269,6 +269,7 @@ def make_features(
     check_names(index, folder)  # else the lock would lie among the shards
     with alone_in(folder):
         claim(folder, source, made_by)
+        remove_parts(folder)
         with connected():
             progress(0, total)
             for made in on_ray(len(index), work, GPU_SHARE if gpu else 0.0):

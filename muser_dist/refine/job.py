@@ -19,7 +19,7 @@ from muser_dist.data.shards import SIDECAR, ShardIndex
 from muser_dist.data.storage import Storage, redact
 from muser_dist.data.text import one_line
 from muser_dist.errors import ConfigError, DataError
-from muser_dist.files import alone_in, write_whole
+from muser_dist.files import alone_in, remove_parts, write_whole
 from muser_dist.refine.asker import Asker, Endpoint
 from muser_dist.refine.ledger import UNIT, Answers, Ledger, Prices, Spending
 from muser_dist.refine.prompt import Prompt, Request
@@ -90,6 +90,7 @@ def refine(
     check_names(index, folder)  # else the lock would lie among the shards
     with alone_in(folder):
         claim(folder, index, prompt, made_by)
+        remove_parts(folder)
         with connected():
             ledger = Ledger(folder / LEDGER, cap)
             try:

@@ -11,7 +11,7 @@ from muser_dist.config import RunConfig
 from muser_dist.errors import ConfigError, MuserError
 from muser_dist.sweep.config import SweepConfig
 from muser_dist.sweep.record import OVER, Record, Trial
-from muser_dist.sweep.space import Check, Choice, Overrides, Progress, Space, apply, draws, grid, silent
+from muser_dist.sweep.space import Check, Choice, Overrides, PointsShown, Space, apply, draws, grid, silent
 
 _REFUSED = 100
 """Proposals in a row whose config is not valid, after which Optuna is asked no more."""
@@ -21,7 +21,7 @@ class Plan:
     """Trials that are known from the start: random draws, or a grid. What was learned changes nothing."""
 
     def __init__(
-        self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check, progress: Progress = silent
+        self, space: Space, base: RunConfig, sweep: SweepConfig, check: Check, progress: PointsShown = silent
     ) -> None:
         of_grid = sweep.search == "grid"
         self.points = (

@@ -31,7 +31,7 @@ Overrides = dict[str, Any]
 Check = Callable[[RunConfig], object]
 """Raises MuserError where a config cannot work."""
 
-Progress = Callable[[int, int, str], None]
+PointsShown = Callable[[int, int, str], None]
 """Takes how many points are found, how many are wanted, and how many were left out, in words."""
 
 
@@ -216,7 +216,7 @@ class Points:
 
 
 def draws(
-    space: Space, base: RunConfig, count: int, check: Check = lambda config: None, progress: Progress = silent
+    space: Space, base: RunConfig, count: int, check: Check = lambda config: None, progress: PointsShown = silent
 ) -> Points:
     """Random points; fewer than asked for where there are not so many.
 
@@ -237,7 +237,7 @@ def draws(
     return _valid(endless, base, check, progress, count, _TRIES)
 
 
-def grid(space: Space, base: RunConfig, check: Check = lambda config: None, progress: Progress = silent) -> Points:
+def grid(space: Space, base: RunConfig, check: Check = lambda config: None, progress: PointsShown = silent) -> Points:
     """All combinations.
 
     Raises:
@@ -260,7 +260,7 @@ def grid(space: Space, base: RunConfig, check: Check = lambda config: None, prog
 
 
 def _valid(
-    candidates: Iterable[Overrides], base: RunConfig, check: Check, progress: Progress, count: int, tries: int
+    candidates: Iterable[Overrides], base: RunConfig, check: Check, progress: PointsShown, count: int, tries: int
 ) -> Points:
     """The first `count` valid ones, until so many candidates in a row have brought no new one."""
     found: list[Overrides] = []

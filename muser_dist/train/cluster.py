@@ -45,7 +45,7 @@ def connect(config: RunConfig, runs: int = 1, dashboard: bool = False, later: Se
                 os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
             # As many logical CPUs as are asked for, however few there are: two workers on two
             # cores must leave a slot to decode, or the job would wait for itself.
-            cpus, resources = _needed(stages)
+            cpus, resources = needed(stages)
             ray.init(
                 "local",
                 num_cpus=math.ceil(runs * cpus),
@@ -93,7 +93,7 @@ def _check_room(t: TrainConfig, slots: int) -> None:
         )
 
 
-def _needed(stages: Sequence[RunConfig]) -> tuple[float, dict[str, int]]:
+def needed(stages: Sequence[RunConfig]) -> tuple[float, dict[str, int]]:
     """CPUs and own resources with which each of the stages has all the workers and decoding slots that it asks for."""
     cpus, resources = 0.0, dict[str, int]()
     for stage in stages:

@@ -18,6 +18,7 @@ from muser_dist.config import ObjectiveConfig, RunConfig, TowerConfig, from_dict
 from muser_dist.data.shards import ShardIndex
 from muser_dist.errors import CheckpointError, ClusterError, DataError, MuserError
 from muser_dist.models.model import MultimodalModel
+from muser_dist.train.cluster import connect
 from muser_dist.train.launch import pretrain, print_digest
 from muser_dist.train.runlog import ACCOUNTS, EVENTS, QUARANTINE, TIMES, read_lines
 from tests.cluster.conftest import CPUS
@@ -271,6 +272,13 @@ def test_what_the_cluster_cannot_place_is_said_before_the_start(cluster, corpus,
     config = replace(config, train=replace(config.train, workers=workers))
     with pytest.raises(ClusterError, match=message):
         pretrain(config, ["test"])
+
+
+def test_a_later_stage_that_the_cluster_cannot_place_is_said_before_the_first(cluster):
+    first, later = (small_config(train={"workers": workers}) for workers in (1, CPUS + 1))
+    connect(first)
+    with pytest.raises(ClusterError, match=f"reserve {CPUS + 1} CPUs, but the cluster has {CPUS}"):
+        connect(first, later=[later])
 
 
 def test_gpus_that_are_not_there(cluster, corpus, tmp_path):

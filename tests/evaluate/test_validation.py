@@ -2,6 +2,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
+import torch
+
 from muser_dist.config import EvaluateConfig
 from muser_dist.evaluate.evaluator import evaluate
 from muser_dist.evaluate.validation import CLASSES, RETRIEVAL, TAGS, lower_is_better, score_names, validate
@@ -33,6 +35,15 @@ def test_a_snapshot_has_the_scores_of_its_evaluation_in_any_process(tmp_path):
     fields = {f"{field} by {name}" for field in ("instrument", "absent") for name in ("audio", "spectrogram")}
     of_tags = {f"val_{metric}" for metric in TAGS} | {f"val_{metric}/{field}" for metric in TAGS for field in fields}
     assert lacking == of_tags | {f"val_{m}/absent by {x}" for m in CLASSES for x in ("audio", "spectrogram")}
+
+
+def test_it_takes_no_gpu_that_it_was_not_given(tmp_path, monkeypatch):
+    """A task without a GPU sees those of others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = small_config()
+    save_model(tmp_path / "snapshot", MultimodalModel(config).state_dict(), config)
+    scores = validate(tmp_path / "snapshot", config, index_of(write_shards(tmp_path, [12])), LOCAL)
+    assert 0 < scores["val_MRR"] <= 1
 
 
 def test_the_first_dimensions_are_scored_by_themselves(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from muser_dist.data import rewriting
 from muser_dist.data.config import DataConfig
 from muser_dist.data.rows import RowReader
 from muser_dist.data.shards import ShardIndex, index_shards
 from muser_dist.data.storage import Storage
+from muser_dist.data.tar import walk
 from muser_dist.data.text import TextPolicy, WordTokenizer, read_fields
 from muser_dist.errors import DataError
 from muser_dist.refine.asker import Asker, Endpoint
@@ -222,3 +224,27 @@ def test_shards_of_an_object_store(tmp_path):
         stamp = (tmp_path / "out" / "a.tar").stat().st_ino
         assert refine(url, tmp_path / "out", server, storage=storage) == {"a.tar": record}
         assert (tmp_path / "out" / "a.tar").stat().st_ino == stamp
+
+
+def test_a_second_writer_that_dies_takes_nothing_from_the_first(tmp_path):
+    """As when Ray begins a task again because its node seemed to be dead."""
+    write_shard(tmp_path / "a.tar", [(f"k{i}", {"json": b"{}", "txt": bytes(50_000)}) for i in range(6)])
+    out = tmp_path / "out" / "a.tar"
+    out.parent.mkdir()
+    with (tmp_path / "a.tar").open("rb") as source:
+        samples = [(sample, {}) for sample in walk(source)]
+
+        def broken():
+            yield from samples[:2]
+            raise KeyboardInterrupt
+
+        def meeting():
+            yield from samples[:4]
+            with pytest.raises(KeyboardInterrupt):
+                rewriting.write_shard(out, broken(), source)
+            yield from samples[4:]
+
+        rewriting.write_shard(out, meeting(), source)
+    with tarfile.open(out) as tar:
+        assert [name for name in tar.getnames() if name.endswith("json")] == [f"k{i}.json" for i in range(6)]
+    assert list(out.parent.iterdir()) == [out]

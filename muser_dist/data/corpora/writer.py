@@ -35,7 +35,7 @@ from muser_dist.data.shards import SIDECAR
 from muser_dist.data.symbolic import members
 from muser_dist.data.tar import MAX_MEMBER_BYTES, walk
 from muser_dist.errors import ClusterError, DataError
-from muser_dist.files import alone_in, whole_file, write_whole
+from muser_dist.files import alone_in, remove_parts, whole_file, write_whole
 
 MANIFEST = "muser-corpus.json"
 SKIPPED = "skipped.jsonl"
@@ -126,8 +126,7 @@ def write_tracks(
     try:
         with alone_in(folder):
             _claim(folder, usable, shard_rows, seed)
-            # What still writes after a Ctrl-C, on a cluster that goes on, loses its file and can replace no shard.
-            _remove_parts(folder)
+            remove_parts(folder)
             there = {name for name in shards if (folder / name).exists()}
             done = sum(len(shards[name]) for name in there)
             report = progress or (lambda done, total: None)
@@ -140,7 +139,7 @@ def write_tracks(
                 if name not in there:
                     done += len(shards[name])
                     report(done, len(usable))
-            _remove_parts(folder)  # of tasks that died, and that Ray began again
+            remove_parts(folder)  # of tasks that died, and that Ray began again
             skipped = [track for track in checked if track.problem is not None]
             skipped += [track for name in shards for track in results[name]]
             write_whole(folder / SKIPPED, _lines(skipped, lacking))
@@ -190,11 +189,6 @@ def _keys(shard: Path) -> list[str]:
             return [sample.key for sample in walk(file)]
     except DataError as error:
         raise DataError(f"{shard} {error}; take it away or make it anew") from None
-
-
-def _remove_parts(folder: Path) -> None:
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
 
 
 # --- The plan ---
