@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 
 def found(what: str, folder: Path) -> Any:
     command = [sys.executable, "-m", "tests.cluster.own_ray", what, str(folder)]
@@ -23,7 +25,6 @@ def test_it_has_room_for_the_largest_stage_of_each_run(tmp_path):
     assert found("sizes", tmp_path) == {"CPU": 14.0, "trainer": 8.0}
 
 
-@pytest.mark.slow
 def test_scores_during_training_compute_on_a_gpu_only_where_the_task_has_one(tmp_path):
     """No machine of the tests has one: the task that is given it says what it lacks."""
     without, given = found("scores", tmp_path)
